@@ -1,13 +1,14 @@
 """Driver side: connect to the Ray cluster this process belongs to, or start one on this machine."""
 
 import contextlib
-import logging
 import os
 import sys
+from collections.abc import Iterator
 
 import ray
+from ray.exceptions import RayTaskError
 
-logger = logging.getLogger(__name__)
+from orchestrator.config import UserError
 
 
 def connect(*, verbose: bool = False) -> None:
@@ -17,17 +18,45 @@ def connect(*, verbose: bool = False) -> None:
     """
     if ray.is_initialized():
         return
+    # Ray's processes inherit this: without it each hides GPUs from tasks that ask for none and
+    # prints a warning about that changing.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Workers import the user's module from where the command was started.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     options = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
         return
-    with contextlib.ExitStack() as stack:
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         if not verbose:
-            stack.enter_context(
-                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w")))
-            )
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         ray.init(address="local", include_dashboard=False, **options)
+
+
+def may_grow() -> bool:
+    """Return whether the connected cluster has an autoscaler that could add nodes."""
+    return ray._private.state.state.get_cluster_config() is not None
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the innermost exception of what Ray, Ray Train or Ray Data raised."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return root_cause(next(iter(failures.values())))
+    inner = getattr(error, "cause", None) or error.__cause__
+    return root_cause(inner) if isinstance(inner, BaseException) else error
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise a UserError of a Ray task as itself, without Ray's wrapping and its traces."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause = root_cause(error)
+        if isinstance(cause, UserError):
+            raise type(cause)(str(cause)) from error
+        raise
+
+
+def import_paths() -> list[str]:
+    """Return the folders from which workers import the user's modules, as this process does."""
+    return list(dict.fromkeys([os.getcwd(), sys.path[0] or os.getcwd()]))

@@ -1,0 +1,105 @@
+"""A run's folder under `storage_path`: its config, events and result, each written atomically."""
+
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator import configfile, storage
+from orchestrator.config import Config, UserError, identity
+
+CONFIG_FILE = "config.yaml"
+EVENTS_FILE = "events.jsonl"
+RESULT_FILE = "result.json"
+EVALUATION_FILE = "evaluation.json"
+QUARANTINE_FILE = "quarantine.parquet"
+METRICS_FILE = "metrics.parquet"
+
+
+def run_uri(config: Config) -> str:
+    """Return the URI of the run's folder."""
+    return storage.join(storage.absolute(config.storage_path), config.name)
+
+
+def open_run(config: Config) -> str:
+    """Create the run's folder or find it again, and return its URI.
+
+    Raises:
+        UserError: the folder belongs to a run with another config, or cannot be written.
+    """
+    run = run_uri(config)
+    location = storage.join(run, CONFIG_FILE)
+    if storage.exists(location):
+        _check_same(run, read_config(run), config)
+    else:
+        storage.check_writable(run)
+    storage.write_atomic(location, configfile.dump(config).encode())
+    return run
+
+
+def _check_same(run: str, old: Config, new: Config) -> None:
+    before, after = identity(old), identity(new)
+    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{run} belongs to another config: {key} was {before.get(key)!r} and is now "
+            f"{after.get(key)!r}{more}; give this run another --name, or take the change back."
+        )
+
+
+def read_config(run: str) -> Config:
+    """Read the config a run was started with.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    location = storage.join(run, CONFIG_FILE)
+    if not storage.exists(location):
+        raise UserError(f"{run} holds no {CONFIG_FILE}, so it is no run; check --run.")
+    return configfile.load(location)
+
+
+def append_event(run: str, kind: str, **fields: Any) -> None:
+    """Add one line to `events.jsonl`. One process writes at a time: the driver or worker 0."""
+    moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    line = json.dumps({"time": moment, "event": kind, **fields}) + "\n"
+    location = storage.join(run, EVENTS_FILE)
+    if storage.is_s3(run):
+        # S3 has no append; the file stays small (a decision or a failure a line).
+        old = storage.read_bytes(location) if storage.exists(location) else b""
+        storage.write_atomic(location, old + line.encode())
+        return
+    descriptor = os.open(
+        storage.local_path(location), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+    )
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_events(run: str) -> list[dict[str, Any]]:
+    """Return all events in order; a last line that a kill cut off is left out."""
+    location = storage.join(run, EVENTS_FILE)
+    if not storage.exists(location):
+        return []
+    complete = storage.read_bytes(location).decode().split("\n")[:-1]
+    return [json.loads(line) for line in complete if line.endswith("}")]
+
+
+def write_result(run: str, result: Mapping[str, Any]) -> None:
+    """Write `result.json`: its presence says that the run ended."""
+    content = json.dumps(result, indent=1).encode()
+    storage.write_atomic(storage.join(run, RESULT_FILE), content)
+
+
+def read_result(run: str) -> dict[str, Any] | None:
+    """Return `result.json`, or None while the run has not ended."""
+    location = storage.join(run, RESULT_FILE)
+    if not storage.exists(location):
+        return None
+    result: dict[str, Any] = json.loads(storage.read_bytes(location))
+    return result
