@@ -1,0 +1,212 @@
+"""`orchestrator <command>`: parses, calls one function, prints."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from orchestrator import configfile
+from orchestrator.config import Config, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors as UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train, or go on with, the run that a config file describes."""
+    config, verbose = _config_arguments("train", argv)
+    if config is None:
+        return 0
+    # Torch and Ray take seconds to import; a wrong argument is answered before that.
+    from orchestrator.report import write_report
+    from orchestrator.train import launch
+
+    outcome = launch.fit(config, verbose=verbose)
+    report = write_report(outcome.run)
+    print_table(f"run {config.name}", _run_rows(outcome.result))
+    _say(f"report: {report}")
+    return 0
+
+
+def tune(argv: Sequence[str]) -> int:
+    """Search over the space in a config's `tune` section."""
+    config, verbose = _config_arguments("tune", argv)
+    if config is None:
+        return 0
+    from orchestrator.tune import sweep
+
+    result = sweep.search(config, verbose=verbose)
+    _say(sweep.format_table(result))
+    return 0
+
+
+def pack(argv: Sequence[str]) -> int:
+    """Write an ImageFolder tree as Parquet shards with an index."""
+    parser = _Parser(prog="orchestrator pack", description=pack.__doc__)
+    parser.add_argument(
+        "--source", required=True, help="local folder or s3:// URI: root/class/image"
+    )
+    parser.add_argument("--out", required=True, help="local folder or s3:// URI to write to")
+    parser.add_argument("--chunk-rows", type=int, default=64, help="images in a row group")
+    parser.add_argument("--val-fraction", type=float, default=0.1, help="share for validation")
+    parser.add_argument("--test-fraction", type=float, default=0.0, help="share held out")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's log lines")
+    args = parser.parse_args(argv)
+    from orchestrator import cluster
+    from orchestrator.data.pack import pack as write_shards
+
+    cluster.connect(verbose=args.verbose)
+    index = write_shards(
+        args.source,
+        args.out,
+        chunk_rows=args.chunk_rows,
+        val_fraction=args.val_fraction,
+        test_fraction=args.test_fraction,
+        say=_say,
+    )
+    rows = [(name, f"{s.samples} images, {s.shards} shards") for name, s in index.splits.items()]
+    rows += [("classes", str(len(index.classes))), ("quarantined", str(index.quarantined))]
+    print_table(f"packed {index.uri}", [*rows, ("digest", index.digest[:12])])
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluate a run's checkpoint over every image of a split, without gradients."""
+    parser = _Parser(prog="orchestrator evaluate", description=evaluate.__doc__)
+    parser.add_argument("--run", required=True, help="the run's folder or s3:// URI")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--split", default="val", help="split of the packed data: val, test, train")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's log lines")
+    args = parser.parse_args(argv)
+    from orchestrator.evaluate import evaluate as measure
+    from orchestrator.report import write_report
+
+    found = measure(args.run, which=args.checkpoint, split=args.split, verbose=args.verbose)
+    print_evaluation(found)
+    _say(f"report: {write_report(args.run)}")
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Write report.md and report.html of a run."""
+    parser = _Parser(prog="orchestrator report", description=report.__doc__)
+    parser.add_argument("--run", required=True, help="the run's folder or s3:// URI")
+    args = parser.parse_args(argv)
+    from orchestrator.report import write_report
+    from orchestrator.run import read_config
+
+    read_config(args.run)
+    _say(f"report: {write_report(args.run)}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pack": pack,
+    "train": train,
+    "tune": tune,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def _config_arguments(command: str, argv: Sequence[str]) -> tuple[Config | None, bool]:
+    parser = _Parser(
+        prog=f"orchestrator {command}",
+        description=COMMANDS[command].__doc__,
+        epilog="settings (flags override the file):\n" + configfile.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file or s3:// URI")
+    parser.add_argument("--print_config", action="store_true", help="print the config and stop")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's log lines")
+    args, flags = parser.parse_known_args(argv)
+    config = configfile.load(args.config, flags)
+    if args.print_config:
+        _say(configfile.dump(config))
+        return None, args.verbose
+    return config, args.verbose
+
+
+def _run_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    best = {k: v for k, v in result["best"].items() if k not in ("step", "epoch")}
+    at = f"(epoch {result['best'].get('epoch')})"
+    metrics = [(f"best {name} {at}", f"{value:.4f}") for name, value in best.items()]
+    return [
+        ("stopped", f"{result['stop_reason']} after {result['epochs']} epochs"),
+        ("steps", str(result["steps"])),
+        *metrics,
+        ("images/s", f"{result['images_per_s']:.0f}"),
+        ("waiting for data", f"{result['data_wait_share']:.0%}"),
+        ("restarts", str(result["restarts"])),
+        ("quarantined images", str(result["quarantined"])),
+        *((name, str(why)) for name, why in result["decisions"].items()),
+    ]
+
+
+def print_evaluation(found: dict[str, Any]) -> None:
+    """Print an evaluation's totals and its row for each class."""
+    head = f"{found['checkpoint']} checkpoint (step {found['step']}) on {found['split']}"
+    rows = [
+        ("accuracy", f"{found['accuracy']:.4f}"),
+        ("loss", f"{found['loss']:.4f}"),
+        ("images", f"{found['samples']} ({found['unreadable']} unreadable)"),
+        ("images/s", f"{found['images_per_s']:.0f}"),
+    ]
+    for entry in found["classes"]:
+        share = "none" if entry["accuracy"] is None else f"{entry['accuracy']:.4f}"
+        rows.append((f"class {entry['name']}", f"{share} of {entry['samples']}"))
+    print_table(head, rows)
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print two columns under a title."""
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(rich.markup.escape(name), rich.markup.escape(value))
+    rich.console.Console().print(table)
+
+
+def _help() -> str:
+    lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "usage: orchestrator <command> [--help]\n\n" + "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the user's mistakes become one line and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:
+        # A console script's own folder comes first; the user's module lies where it is called.
+        sys.path.insert(0, os.getcwd())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _say(_help())
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            raise UserError(f"orchestrator has no command {arguments[0]!r}; it has {known}.")
+        return COMMANDS[arguments[0]](arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingFailed":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1

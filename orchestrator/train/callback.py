@@ -1,0 +1,291 @@
+"""Worker side: the Lightning callback that counts, commits and reports."""
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import ray.train
+import torch
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.types import STEP_OUTPUT
+
+from orchestrator import storage
+from orchestrator.config import Config, config_digest
+from orchestrator.data.loader import Loader
+from orchestrator.progress import Progress
+from orchestrator.run import append_event
+from orchestrator.train import checkpoint, state
+from orchestrator.train.journal import Consumed, Metrics, Quarantine
+from orchestrator.train.strategy import sync_buffers
+
+_LOG_EVERY_STEPS = 5
+_POST_EVERY_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known about a run before its first step."""
+
+    run: str
+    config: Config
+    index_digest: str
+    strategy: str
+    precision: str
+    samples_per_epoch: int
+    board: Any
+    """Handle of the progress board actor."""
+
+
+class Recorder(pl.Callback):
+    """Counts steps by what the loader delivered, commits checkpoints, reports to Ray and the board.
+
+    Args:
+        facts: what the run is.
+        loader: this worker's training batches.
+        resumed: the checkpoint this start goes on from, with its files, or None.
+    """
+
+    def __init__(
+        self, facts: RunFacts, loader: Loader, resumed: tuple[checkpoint.Manifest, Path] | None
+    ) -> None:
+        self._facts = facts
+        self._config = facts.config
+        self._loader = loader
+        self._resumed = resumed
+        manifest = resumed[0] if resumed else None
+        self.step = manifest.step if manifest else 0
+        self._stats = dict(manifest.stats) if manifest else {"train_s": 0.0, "wait_s": 0.0}
+        self._loss = torch.zeros(2, dtype=torch.float64)  # sum of losses, samples
+        self._due_step, self._due_from = self.step + _LOG_EVERY_STEPS, time.perf_counter()
+        self._posted = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore the state: model and optimizers exist and sit on their device by now."""
+        rank = trainer.global_rank
+        self._consumed = Consumed(rank, self._facts.samples_per_epoch, self._config.data.audit)
+        if self._resumed is not None:
+            state.restore_state(trainer, self._resumed[1])
+        state.set_progress(trainer, step=self.step, epoch=self._epoch)
+        if rank == 0:
+            self._metrics = Metrics(self._facts.run, step=self.step)
+            self._quarantine = Quarantine(self._facts.run)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clocks: what came before is start-up."""
+        self._start_clocks()
+        if trainer.global_rank == 0:
+            append_event(self._facts.run, "training", step=self.step, workers=trainer.world_size)
+
+    def _start_clocks(self) -> None:
+        self._began, self._waited = time.perf_counter(), self._loader.waited_s
+        self._began_step = self.step
+
+    @property
+    def _epoch(self) -> int:
+        """The epoch of the next step's first sample."""
+        return self._position // self._facts.samples_per_epoch
+
+    @property
+    def _position(self) -> int:
+        batching = self._loader.batching
+        return min(self.step * batching.step_samples, batching.total)
+
+    @property
+    def steps_left_in_epoch(self) -> int:
+        """Steps from the next one to the last that starts in its epoch; it may end in the next."""
+        end = (self._epoch + 1) * self._facts.samples_per_epoch
+        return -(-end // self._loader.batching.step_samples) - self.step
+
+    @property
+    def _at_epoch_end(self) -> bool:
+        first = (self.step - 1) * self._loader.batching.step_samples
+        return self._position >= (first // self._facts.samples_per_epoch + 1) * (
+            self._facts.samples_per_epoch
+        )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Key the step's random numbers."""
+        current = self._loader.current
+        assert current is not None
+        if current.batch.micro // trainer.world_size % self._loader.batching.accumulation == 0:
+            state.seed_step(self._config.seed, self.step, trainer.global_rank)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count the micro-batch; at a step's end log, post and commit where due."""
+        current = self._loader.current
+        assert current is not None
+        accumulation = self._loader.batching.accumulation
+        self._consumed.add(current.batch, step=self.step + 1)
+        if current.loss_samples:
+            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+            # Lightning hands over the loss divided by the accumulation.
+            mean = float(loss) * accumulation  # type: ignore[arg-type]
+            self._loss += torch.tensor([mean * current.loss_samples, current.loss_samples])
+        if current.batch.micro // trainer.world_size % accumulation != accumulation - 1:
+            return
+        self.step += 1
+        if self.step % _LOG_EVERY_STEPS == 0 or self._at_epoch_end:
+            self._log_loss(trainer)
+        self._post(trainer, "training")
+        if not self._at_epoch_end and self._commit_due(trainer):
+            self._commit(trainer, metrics={}, done="")
+
+    def _log_loss(self, trainer: pl.Trainer) -> None:
+        total = self._loss.to(trainer.strategy.root_device, torch.float32)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(total)
+        loss = float(total[0] / total[1].clamp(min=1))
+        self._loss.zero_()
+        self._mean_loss = loss
+        if trainer.global_rank == 0:
+            values = {"train_loss": loss, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
+            self._metrics.add(values, step=self.step, epoch=self._epoch, samples=self._position)
+
+    def _commit_due(self, trainer: pl.Trainer) -> bool:
+        """Return the same answer on every worker: rank 0's clock decides, at agreed steps."""
+        every = self._config.train.checkpoint
+        if every.every_steps and self.step % every.every_steps == 0:
+            return True
+        if not every.every_seconds or self.step < self._due_step:
+            return False
+        elapsed = time.perf_counter() - self._due_from
+        left = every.every_seconds - elapsed
+        steps = left / (elapsed / max(1, self.step - self._due_step + _LOG_EVERY_STEPS))
+        wait = int(trainer.strategy.broadcast(max(1, int(steps)) if left > 0 else 0))
+        self._due_step = self.step + wait
+        return wait == 0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate the model that will be saved."""
+        sync_buffers(pl_module)
+        self._stop_clocks()
+        self._post(trainer, "validating", now=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validation is no training time."""
+        self._start_clocks()
+
+    def _stop_clocks(self) -> None:
+        self._stats["train_s"] += time.perf_counter() - self._began
+        self._stats["wait_s"] += self._loader.waited_s - self._waited
+        self._start_clocks()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Commit with the validation's metrics, and report them."""
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name != "train_loss"
+        }
+        done = self._done(trainer)
+        self._commit(trainer, metrics=metrics, done=done)
+        samples = self._position
+        report = {"epoch": self._epoch, "step": self.step, "samples_seen": samples, "done": done}
+        ray.train.report({**metrics, **report})
+        if trainer.global_rank == 0:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self._facts.board.say.remote(f"epoch {self._epoch}: {shown}")
+
+    def _done(self, trainer: pl.Trainer) -> str:
+        if self.step >= self._loader.batching.num_steps:
+            stopped = any(c.stopped_epoch for c in self._stoppers(trainer))
+            return "converged" if stopped else "max_epochs"
+        return "converged" if trainer.should_stop else ""
+
+    @staticmethod
+    def _stoppers(trainer: pl.Trainer) -> list[EarlyStopping]:
+        return [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+
+    def _commit(self, trainer: pl.Trainer, *, metrics: dict[str, float], done: str) -> None:
+        self._stop_clocks()
+        self._post(trainer, "saving", now=True)
+        run, uri = self._facts.run, checkpoint.checkpoint_uri(self._facts.run, self.step)
+        self._consumed.write(run, step=self.step)
+        with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
+            state.save_state(trainer, Path(folder))
+            mine = checkpoint.store_files(Path(folder), uri), self._consumed.bad
+        gathered: list[Any] = [mine]
+        if trainer.world_size > 1:
+            gathered = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, mine)
+        self._consumed.bad = []
+        if trainer.global_rank == 0:
+            self._commit_rank_0(trainer, gathered, metrics, done)
+        trainer.strategy.barrier("committed")
+        self._due_step, self._due_from = self.step + _LOG_EVERY_STEPS, time.perf_counter()
+        self._start_clocks()
+
+    def _commit_rank_0(
+        self, trainer: pl.Trainer, gathered: list[Any], metrics: dict[str, float], done: str
+    ) -> None:
+        facts = self._facts
+        at = {"step": self.step, "epoch": self._epoch, "samples": self._position}
+        for row in self._quarantine.add([row for _, bad in gathered for row in bad]):
+            append_event(facts.run, "quarantined", **row)
+        self._metrics.add(metrics, **at)
+        self._metrics.write()
+        self._stats |= {"bad": len(self._quarantine), "samples": self._position}
+        manifest = checkpoint.Manifest(
+            step=self.step,
+            position=self._position,
+            epoch=self._epoch,
+            metrics=metrics,
+            done=done,
+            world_size=trainer.world_size,
+            strategy=facts.strategy,
+            precision=facts.precision,
+            config_digest=config_digest(facts.config),
+            index_digest=facts.index_digest,
+            stats=dict(self._stats),
+            files=tuple(record for records, _ in gathered for record in records),
+        )
+        self._upload_logs(trainer)
+        checkpoint.commit(facts.run, manifest)
+        monitor, mode = checkpoint.monitored(facts.config.train.early_stopping)
+        best = checkpoint.best_of(checkpoint.list_manifests(facts.run), monitor=monitor, mode=mode)
+        checkpoint.prune(facts.run, keep=facts.config.train.checkpoint.keep, best=best)
+
+    def _upload_logs(self, trainer: pl.Trainer) -> None:
+        """Copy TensorBoard's files to the run folder where that is no local path."""
+        logger = trainer.logger
+        if isinstance(logger, TensorBoardLogger) and storage.is_s3(self._facts.run):
+            logger.experiment.flush()
+            # Not trainer.log_dir: that is a collective, and only rank 0 is here.
+            target = storage.join(self._facts.run, "tensorboard")
+            checkpoint.store_files(Path(logger.log_dir), target)
+
+    def _post(self, trainer: pl.Trainer, phase: str, *, now: bool = False) -> None:
+        moment = time.perf_counter()
+        if trainer.global_rank != 0 or (moment - self._posted < _POST_EVERY_S and not now):
+            return
+        self._posted = moment
+        batching = self._loader.batching
+        elapsed = moment - self._began
+        waited = self._loader.waited_s - self._waited
+        rate = (self.step - self._began_step) / elapsed if elapsed > 0 else 0.0
+        progress = Progress(
+            phase=phase,
+            run=self._config.name,
+            step=self.step,
+            steps=batching.num_steps,
+            epoch=self._epoch,
+            epochs=self._config.train.max_epochs,
+            loss=getattr(self, "_mean_loss", None),
+            images_per_s=rate * batching.step_samples or None,
+            wait_share=waited / elapsed if elapsed > 0 else None,
+            eta_s=(batching.num_steps - self.step) / rate if rate else None,
+        )
+        self._facts.board.post.remote(progress)

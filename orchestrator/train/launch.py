@@ -1,0 +1,209 @@
+"""Driver side: check a run, start Ray Train's workers, and write down how it ended."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from orchestrator import cluster, progress, storage
+from orchestrator.config import Config, UserError
+from orchestrator.data.source import Placement
+from orchestrator.run import append_event, open_run, read_events, read_result, run_uri, write_result
+from orchestrator.train import checkpoint, preflight
+from orchestrator.train.strategy import Choice, choose_strategy
+from orchestrator.train.worker import Job, train_worker
+
+ERROR_FILE = "error.txt"
+
+
+class TrainingFailed(RuntimeError):
+    """Training ended by an error of the code or the cluster; the trace is in `error.txt`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    run: str
+    """URI of the run's folder."""
+    result: dict[str, Any]
+    """What `result.json` holds."""
+
+    @property
+    def stop_reason(self) -> str:
+        """converged or max_epochs."""
+        return str(self.result["stop_reason"])
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """Metrics of the best checkpoint, with its step and epoch."""
+        return dict(self.result["best"])
+
+
+def check(config: Config) -> Choice:
+    """Check all that can be checked without Ray; nothing is written.
+
+    Raises:
+        UserError: one sentence with the field or URI, the rule, the value and the remedy.
+    """
+    preflight.check_config(config)
+    index = preflight.check_data(config)
+    preflight.check_model(config, index)
+    strategy = choose_strategy(config.train.strategy)
+    preflight.check_checkpoints(config, index, run_uri(config), strategy)
+    return strategy
+
+
+def fit(
+    config: Config,
+    *,
+    verbose: bool = False,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    show: bool = True,
+) -> RunResult:
+    """Train, or go on with, the run that `config` describes, to its end.
+
+    Args:
+        config: the run.
+        verbose: show Ray's own log lines.
+        callbacks: told of every report, in Ray Train's controller.
+        show: print progress.
+
+    Raises:
+        UserError: the config cannot work; nothing was started.
+        TrainingFailed: training ended by an error; the run can be resubmitted.
+    """
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, index=storage.absolute(config.data.index))
+    )
+    strategy = check(config)
+    run = open_run(config)
+    if preflight.is_finished(config, run):
+        return RunResult(run, read_result(run) or _write_result(run, config, wall_s=0.0))
+    cluster.connect(verbose=verbose)
+    resources = preflight.cluster_resources()
+    preflight.check_resources(config, resources, may_grow=cluster.may_grow())
+    placement = _placement(config, resources)
+    workers = config.scaling.num_workers
+    slots, reason = placement.slots, placement.reason
+    append_event(run, "submitted", workers=workers, decode_slots=slots, decode_reason=reason)
+    began = time.monotonic()
+    with _board(show=show) as board:
+        job = Job(
+            run=run,
+            config=config,
+            strategy=strategy,
+            placement=placement,
+            board=board,
+            import_paths=cluster.import_paths(),
+        )
+        _run_trainer(job, verbose=verbose, callbacks=callbacks)
+    return RunResult(run, _write_result(run, config, wall_s=time.monotonic() - began))
+
+
+@contextlib.contextmanager
+def _board(*, show: bool) -> Any:
+    board = progress.start_board()
+    try:
+        with progress.display(board, stream=sys.stderr) if show else contextlib.nullcontext():
+            yield board
+    finally:
+        ray.kill(board)
+
+
+def _placement(config: Config, found: preflight.Resources) -> Placement:
+    return Placement.choose(
+        requested=config.data.decode_slots,
+        cluster_cpus=found.cpus,
+        worker_cpus=config.scaling.num_workers * config.scaling.cpus_per_worker,
+    )
+
+
+def _run_trainer(job: Job, *, verbose: bool, callbacks: Sequence[ray.train.UserCallback]) -> None:
+    scaling = job.config.scaling
+    filesystem, path = storage.arrow_filesystem(storage.join(job.run, "ray"))
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker={"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker},
+        ),
+        run_config=ray.train.RunConfig(
+            # Our own checkpoints are the only state: a name of its own for each start keeps Ray's
+            # snapshot file, which a crash can tear, out of a resume.
+            name=f"start-{uuid.uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=job.config.train.max_failures),
+            callbacks=list(callbacks),
+        ),
+    )
+    with _explained(job.run):
+        trainer.fit()
+
+
+@contextlib.contextmanager
+def _explained(run: str) -> Any:
+    """Turn what Ray raises into the worker's own error: one line, the trace in a file."""
+    try:
+        yield
+    except ray.train.TrainingFailedError as error:
+        cause = cluster.root_cause(error)
+        trace = "".join(traceback.format_exception(error))
+        storage.write_atomic(storage.join(run, ERROR_FILE), trace.encode())
+        line = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        append_event(run, "failed", error=line)
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from error
+        raise TrainingFailed(
+            f"training failed: {line} (trace: {storage.join(run, ERROR_FILE)}); submit the same "
+            "command again to go on from the last checkpoint."
+        ) from error
+
+
+def _write_result(run: str, config: Config, *, wall_s: float) -> dict[str, Any]:
+    manifests = checkpoint.list_manifests(run)
+    monitor, mode = checkpoint.monitored(config.train.early_stopping)
+    last = manifests[-1]
+    best = checkpoint.best_of(manifests, monitor=monitor, mode=mode) or last
+    events = read_events(run)
+    starts = [event for event in events if event["event"] == "training"]
+    decided, submitted = _latest(events, "decided"), _latest(events, "submitted")
+    train_s = max(last.stats["train_s"], 1e-9)
+    result = {
+        "run": run,
+        "stop_reason": last.done,
+        "epochs": last.epoch,
+        "steps": last.step,
+        "samples_seen": last.position,
+        "best": {**best.metrics, "step": best.step, "epoch": best.epoch},
+        "final": last.metrics,
+        "images_per_s": last.position / train_s,
+        "data_wait_share": last.stats["wait_s"] / train_s,
+        "restarts": max(0, len(starts) - 1),
+        "quarantined": int(last.stats["bad"]),
+        "wall_s": wall_s,
+        "workers": last.world_size,
+        "decisions": {
+            "precision": decided.get("precision"),
+            "strategy": decided.get("strategy"),
+            "decode_slots": f"{submitted.get('decode_slots')}: {submitted.get('decode_reason')}",
+        },
+    }
+    write_result(run, result)
+    append_event(run, "finished", stop_reason=last.done, step=last.step)
+    return result
+
+
+def _latest(events: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return next((event for event in reversed(events) if event["event"] == kind), {})

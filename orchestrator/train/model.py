@@ -1,0 +1,89 @@
+"""The user's LightningModule by import path: found, checked and built."""
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+from typing import Any
+
+import pytorch_lightning as pl
+
+from orchestrator.config import ModelConfig, UserError
+
+
+def refuse_second_lightning() -> None:
+    """Refuse to run where the package `lightning` lies beside `pytorch-lightning`.
+
+    Raises:
+        UserError: Ray would import `lightning`, and its type checks would fail on our classes.
+    """
+    if importlib.util.find_spec("lightning") is not None:
+        raise UserError(
+            "both `lightning` and `pytorch-lightning` are installed and Ray would take the first, "
+            "so that type checks between them break; run `pip uninstall lightning`."
+        )
+
+
+def find_class(class_path: str) -> type[pl.LightningModule]:
+    """Import the LightningModule that `class_path` names.
+
+    Raises:
+        UserError: it does not import, does not exist or is no LightningModule.
+    """
+    module_name, _, class_name = class_path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name) if module_name else None
+    except ImportError as error:
+        raise UserError(
+            f"model.class_path={class_path!r} does not import ({error}); check the spelling, and "
+            "that its package is installed or lies where the command is run."
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        near = difflib.get_close_matches(class_name, dir(module), n=1) if module else []
+        hint = f"did you mean {module_name}.{near[0]}?" if near else "name it package.module.Class."
+        raise UserError(f"model.class_path={class_path!r} names no class: {hint}")
+    if not (isinstance(found, type) and issubclass(found, pl.LightningModule)):
+        raise UserError(
+            f"model.class_path={class_path!r} is no LightningModule of the package "
+            "pytorch_lightning; derive it from pytorch_lightning.LightningModule."
+        )
+    return found
+
+
+def init_args(model: ModelConfig, *, num_classes: int) -> dict[str, Any]:
+    """Return the constructor's arguments; `num_classes` is filled in where it takes that.
+
+    Raises:
+        UserError: the constructor does not take one of them or lacks one.
+    """
+    found = find_class(model.class_path)
+    parameters = inspect.signature(found).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    args = dict(model.init_args)
+    if "num_classes" in parameters and args.get("num_classes") is None:
+        args["num_classes"] = num_classes
+    for name in args:
+        if name not in parameters and not takes_any:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(parameters)}."
+            raise UserError(
+                f"model.init_args.{name}: {model.class_path} takes no such argument; {hint}"
+            )
+    try:
+        inspect.signature(found).bind(**args)
+    except TypeError as error:
+        raise UserError(
+            f"model.init_args do not fit {model.class_path}: {error}; add it."
+        ) from error
+    return args
+
+
+def build(model: ModelConfig, *, num_classes: int) -> pl.LightningModule:
+    """Construct the LightningModule.
+
+    Raises:
+        UserError: see `find_class` and `init_args`; also what the constructor itself refuses.
+    """
+    return find_class(model.class_path)(**init_args(model, num_classes=num_classes))

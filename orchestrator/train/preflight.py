@@ -1,0 +1,157 @@
+"""Driver side: everything about a run that can be wrong is found here, before anything starts."""
+
+import dataclasses
+from typing import Any
+
+import ray
+
+from orchestrator.config import Config, UserError
+from orchestrator.data.index import Index, read_index, verify
+from orchestrator.train import checkpoint, model
+from orchestrator.train.strategy import Choice
+
+
+def check_config(config: Config) -> None:
+    """Check what needs neither storage nor Ray.
+
+    Raises:
+        UserError: a field's value cannot work.
+    """
+    data, train, scaling = config.data, config.train, config.scaling
+    inside = ".." not in config.name.split("/") and not config.name.startswith("/")
+    _require("name", config.name, config.name and inside, "must be a folder name, e.g. my-run")
+    _require("data.index", data.index, data.index, "must name what `orchestrator pack --out` wrote")
+    for key, value in (
+        ("data.global_batch", data.global_batch),
+        ("data.max_micro_batch", data.max_micro_batch),
+        ("data.eval_batch", data.eval_batch),
+        ("data.image_size", data.image_size),
+        ("data.window_chunks", data.window_chunks),
+        ("data.decode_slots", 1 if data.decode_slots is None else data.decode_slots),
+        ("train.max_epochs", train.max_epochs),
+        ("train.checkpoint.keep", train.checkpoint.keep),
+        ("scaling.num_workers", scaling.num_workers),
+    ):
+        _require(key, value, value >= 1, "must be at least 1")
+    low, high = data.crop_scale
+    rule = "must be two ascending shares above 0 and up to 1, e.g. [0.08, 1.0]"
+    _require("data.crop_scale", [low, high], 0 < low <= high <= 1, rule)
+    low, high = data.crop_ratio
+    rule = "must be two ascending numbers above 0, e.g. [0.75, 1.3333]"
+    _require("data.crop_ratio", [low, high], 0 < low <= high, rule)
+    _require("data.flip", data.flip, 0 <= data.flip <= 1, "must be a probability, from 0 to 1")
+    rule = "must be a share above 0 and up to 1, e.g. 0.875"
+    _require("data.eval_crop", data.eval_crop, 0 < data.eval_crop <= 1, rule)
+    _require("data.std", list(data.std), min(data.std) > 0, "must be above 0, e.g. 0.225 each")
+    rule = f"must be at least scaling.num_workers={scaling.num_workers}, or workers get no sample"
+    enough = data.global_batch >= scaling.num_workers
+    _require("data.global_batch", data.global_batch, enough, rule)
+
+
+def _require(key: str, value: Any, holds: object, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{key}={value!r} {rule}.")
+
+
+def check_data(config: Config) -> Index:
+    """Read and check the index, and hold the config against it.
+
+    Raises:
+        UserError: there is no data set, it was changed, or the config does not fit it.
+    """
+    index = read_index(config.data.index)
+    if "train" not in index.splits:
+        raise UserError(f"{index.uri} has no training images; pack it with smaller fractions.")
+    verify(index)
+    samples, workers = index.splits["train"].samples, config.scaling.num_workers
+    rule = f"is larger than the {samples} training images of {index.uri}; lower it"
+    batch = config.data.global_batch
+    _require("data.global_batch", batch, batch <= samples, rule)
+    if "val" not in index.splits:
+        if config.train.early_stopping is not None:
+            raise UserError(
+                f"train.early_stopping needs validation images but {index.uri} has none; pack with "
+                "--val-fraction 0.1, or set train.early_stopping to null."
+            )
+    elif index.splits["val"].samples < workers:
+        raise UserError(
+            f"scaling.num_workers={workers} is more than the {index.splits['val'].samples} "
+            f"validation images of {index.uri}; use fewer workers or a larger --val-fraction."
+        )
+    return index
+
+
+def check_model(config: Config, index: Index) -> None:
+    """Import the model's class and hold its arguments against its constructor.
+
+    Raises:
+        UserError: the class does not import or does not take the arguments.
+    """
+    model.refuse_second_lightning()
+    model.init_args(config.model, num_classes=len(index.classes))
+
+
+def check_checkpoints(config: Config, index: Index, run: str, strategy: Choice) -> None:
+    """Hold the run's checkpoints, if any, against the data and the number of workers.
+
+    Raises:
+        UserError: the run cannot be resumed so.
+    """
+    manifests = checkpoint.list_manifests(run)
+    if not manifests:
+        return
+    last = manifests[-1]
+    if last.index_digest != index.digest:
+        raise UserError(
+            f"{run} was trained on a data set with digest {last.index_digest[:12]} but "
+            f"{index.uri} has {index.digest[:12]}; give this run another --name, or restore it."
+        )
+    workers = config.scaling.num_workers
+    if strategy.value != "ddp" and last.world_size != workers:
+        raise UserError(
+            f"scaling.num_workers={workers}: the {last.strategy} checkpoint of {run} was written "
+            f"by {last.world_size} workers and loads on as many only; use "
+            f"--scaling.num_workers {last.world_size}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """CPUs and GPUs of a cluster as it stands."""
+
+    cpus: float
+    gpus: float
+
+
+def cluster_resources() -> Resources:
+    """Return what the connected Ray cluster has."""
+    found = ray.cluster_resources()
+    return Resources(found.get("CPU", 0), found.get("GPU", 0))
+
+
+def check_resources(config: Config, found: Resources, *, may_grow: bool) -> None:
+    """Hold the workers against the cluster, unless it can add nodes.
+
+    Raises:
+        UserError: the workers can never start.
+    """
+    scaling = config.scaling
+    for key, each, available, kind in (
+        ("scaling.num_workers", scaling.cpus_per_worker, found.cpus, "CPUs"),
+        ("scaling.num_workers", scaling.gpus_per_worker, found.gpus, "GPUs"),
+    ):
+        needed = scaling.num_workers * each
+        if needed > available and not may_grow:
+            raise UserError(
+                f"{key}={scaling.num_workers} needs {needed:g} {kind} but this cluster has "
+                f"{available:g}, so the workers would wait for ever; lower it or add nodes."
+            )
+
+
+def is_finished(config: Config, run: str) -> bool:
+    """Return whether the run's newest checkpoint is its end, under this config."""
+    manifests = checkpoint.list_manifests(run)
+    if not manifests or not manifests[-1].done:
+        return False
+    last = manifests[-1]
+    return last.done == "converged" or last.epoch >= config.train.max_epochs

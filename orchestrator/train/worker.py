@@ -1,0 +1,216 @@
+"""Worker side: the function that every Ray Train worker runs."""
+
+import dataclasses
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytorch_lightning as pl
+import ray.train
+import ray.train.torch
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.loggers import TensorBoardLogger
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.lightning import RayLightningEnvironment, prepare_trainer
+
+from orchestrator import storage
+from orchestrator.config import Config
+from orchestrator.data import feeds, plan
+from orchestrator.data.index import read_index
+from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, OpenSegment, Pass, ToDevice
+from orchestrator.data.render import Feed
+from orchestrator.data.source import Placement, split_segment
+from orchestrator.run import append_event
+from orchestrator.train import checkpoint, model
+from orchestrator.train.callback import Recorder, RunFacts
+from orchestrator.train.strategy import (
+    Choice,
+    build_strategy,
+    choose_precision,
+    lightning_precision,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the driver hands to every worker."""
+
+    run: str
+    config: Config
+    strategy: Choice
+    placement: Placement
+    board: Any
+    """Handle of the progress board actor."""
+    import_paths: list[str]
+    """Folders of the driver that the user's module may be imported from."""
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """Train until the run converges or reaches its last epoch; resume where it was committed."""
+    job: Job = payload["job"]
+    _prepare_process(job)
+    config, rank = job.config, ray.train.get_context().get_world_rank()
+    num_workers = ray.train.get_context().get_world_size()
+    index = read_index(config.data.index)
+    with tempfile.TemporaryDirectory(prefix="orchestrator-resume-") as folder:
+        resumed = _find_checkpoint(job, Path(folder), rank)
+        step = resumed.step if resumed else 0
+        feed = feeds.training_feed(config, index, num_workers=num_workers)
+        if step >= feed.batching.num_steps or (resumed and resumed.done == "converged"):
+            return
+        precision = choose_precision(config.train.precision)
+        loader = _loader(feed, job, rank=rank, step=step)
+        facts = RunFacts(
+            run=job.run,
+            config=config,
+            index_digest=index.digest,
+            strategy=job.strategy.value,
+            precision=precision.value,
+            samples_per_epoch=feed.stream.num_samples,
+            board=job.board,
+        )
+        recorder = Recorder(facts, loader, (resumed, Path(folder)) if resumed else None)
+        if rank == 0:
+            append_event(job.run, "decided", precision=str(precision), strategy=str(job.strategy))
+        pl.seed_everything(config.seed, verbose=False)
+        module = model.build(config.model, num_classes=len(index.classes))
+        if hasattr(module, "total_steps"):
+            module.total_steps = feed.batching.num_steps  # type: ignore[assignment]
+        trainer = _trainer(job, recorder, loader, precision)
+        validation = _validation_loader(job, rank) if "val" in index.splits else None
+        trainer.fit(module, datamodule=_Batches(recorder, loader, validation))
+
+
+def _prepare_process(job: Job) -> None:
+    for path in reversed(job.import_paths):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+    # Blocks are mapped read-only from shared memory and never written to.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
+def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest | None:
+    """Fetch the newest whole checkpoint; rank 0 decides which, and clears what lies beyond it."""
+    manifests = checkpoint.list_manifests(job.run)
+    found: checkpoint.Manifest | None = None
+    problems: list[str] = []
+    if manifests:
+        found, problems = checkpoint.fetch_newest(job.run, manifests, folder)
+    step = found.step if found else 0
+    agreed = broadcast_from_rank_zero(step)
+    if agreed != step:
+        raise checkpoint.CheckpointError(
+            f"worker {rank} reads the checkpoint of step {step} where worker 0 reads {agreed}; "
+            f"check that {job.run} is the same storage on every node."
+        )
+    if rank == 0:
+        checkpoint.rewind(job.run, step)
+        for problem in problems:
+            append_event(job.run, "checkpoint_refused", problem=problem)
+    broadcast_from_rank_zero(None)  # nobody reads on before rank 0 has cleared
+    return found
+
+
+def _loader(feed: Feed, job: Job, *, rank: int, step: int) -> Loader:
+    return Loader(
+        feed.batching,
+        rank=rank,
+        step=step,
+        open_segment=_segment_opener(feed, job.placement, rank),
+        to_device=ToDevice(ray.train.torch.get_device(), job.config.data),
+        image_size=job.config.data.image_size,
+    )
+
+
+def _segment_opener(feed: Feed, placement: Placement, rank: int) -> OpenSegment:
+    def open_segment(step: int) -> tuple[Iterator[pa.Table], int]:
+        stop_step = plan.segment_steps(feed.stream, feed.batching, step)
+        iterators = None
+        if rank == 0:
+            iterators = split_segment(feed, placement, step=step, stop_step=stop_step)
+        mine = broadcast_from_rank_zero(iterators)[rank]
+        blocks = mine.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS
+        )
+        return iter(blocks), stop_step
+
+    return open_segment
+
+
+def _validation_loader(job: Job, rank: int) -> Loader:
+    index = read_index(job.config.data.index)
+    num_workers = ray.train.get_context().get_world_size()
+    feed = feeds.evaluation_feed(
+        job.config,
+        index,
+        split="val",
+        passes=job.config.train.max_epochs,
+        num_workers=num_workers,
+    )
+    return _loader(feed, job, rank=rank, step=0)
+
+
+class _Batches(pl.LightningDataModule):
+    """Hands Lightning one epoch at a time: what is left of the current one."""
+
+    def __init__(self, recorder: Recorder, loader: Loader, validation: Loader | None) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._loader = loader
+        self._validation = validation
+
+    def train_dataloader(self) -> Pass:
+        """Return the batches from the next step to the end of its epoch."""
+        return self._loader.take(self._recorder.steps_left_in_epoch)
+
+    def val_dataloader(self) -> Pass | list[Any]:
+        """Return one pass over the validation split."""
+        return [] if self._validation is None else self._validation.take(1)
+
+
+def _trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choice) -> pl.Trainer:
+    config = job.config
+    callbacks: list[pl.Callback] = [recorder]
+    if config.train.early_stopping is not None:
+        stopping = dataclasses.asdict(config.train.early_stopping)
+        # Before the recorder, so that a commit holds its count of this validation.
+        callbacks.insert(0, EarlyStopping(**stopping, check_on_train_epoch_end=False))
+
+    def loss_weight() -> float:
+        assert loader.current is not None
+        return loader.current.weight
+
+    trainer = pl.Trainer(
+        accelerator="auto",
+        devices="auto",
+        strategy=build_strategy(job.strategy, loss_weight),
+        plugins=[RayLightningEnvironment()],
+        precision=lightning_precision(precision),
+        max_epochs=config.train.max_epochs,
+        accumulate_grad_batches=loader.batching.accumulation,
+        gradient_clip_val=config.train.gradient_clip_norm,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(_log_folder(job.run), name="", version=""),
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=5,
+    )
+    prepared: pl.Trainer = prepare_trainer(trainer)
+    return prepared
+
+
+def _log_folder(run: str) -> str:
+    if not storage.is_s3(run):
+        return storage.join(run, "tensorboard")
+    return tempfile.mkdtemp(prefix="orchestrator-tensorboard-")
