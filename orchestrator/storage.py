@@ -1,27 +1,22 @@
-"""URI -> filesystem: endpoint, credentials, retries, atomic writes. The only place that knows S3.
+"""URI -> filesystem: reading, listing, atomic writes; local folders and S3 alike.
 
-A URI is `s3://bucket/key`, `file:///path` or a plain path. Credentials and endpoint come from the
-usual `AWS_*` variables (or the instance's role) and are never stored. s3fs is the client because it
-loses no request at 20 % of 503 answers, where pyarrow's default strategy loses 2 to 4 %.
+A URI is `s3://bucket/key`, `file:///path` or a plain path. The S3 client is made in s3.py, which
+only this file uses.
 """
 
-import functools
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import urlsplit
 
-import botocore.exceptions
 import pyarrow.fs
-import s3fs
 
+from orchestrator import s3
 from orchestrator.config import UserError
 
 SCHEMES = ("s3", "file")
-# botocore's adaptive mode backs off with jitter and lowers the request rate after 503s.
-_S3_CONFIG = {"retries": {"max_attempts": 10, "mode": "adaptive"}, "connect_timeout": 5}
 
 
 class StorageError(UserError):
@@ -65,26 +60,6 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
 
 
-@functools.cache
-def _s3_of_process(pid: int) -> s3fs.S3FileSystem:
-    # One client a process: its event loop and connections do not survive a fork.
-    return s3fs.S3FileSystem(
-        endpoint_url=_endpoint(),
-        use_listings_cache=False,
-        skip_instance_cache=True,
-        config_kwargs=_S3_CONFIG,
-    )
-
-
-def s3() -> s3fs.S3FileSystem:
-    """Return this process's S3 client."""
-    return _s3_of_process(os.getpid())
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
 def read_bytes(uri: str) -> bytes:
     """Return the whole content of one object or file.
 
@@ -93,7 +68,7 @@ def read_bytes(uri: str) -> bytes:
     """
     with explained(uri, "read"):
         if is_s3(uri):
-            content: bytes = s3().cat_file(uri)
+            content: bytes = s3.client().cat_file(uri)
             return content
         return local_path(uri).read_bytes()
 
@@ -102,7 +77,7 @@ def open_input(uri: str) -> IO[bytes]:
     """Open one object or file for random reads (no read-ahead: Parquet asks for what it needs)."""
     with explained(uri, "read"):
         if is_s3(uri):
-            opened: IO[bytes] = s3().open(uri, "rb", cache_type="none")
+            opened: IO[bytes] = s3.client().open(uri, "rb", cache_type="none")
             return opened
         return local_path(uri).open("rb")
 
@@ -111,7 +86,7 @@ def write_atomic(uri: str, content: bytes) -> None:
     """Write `content` so that a reader sees either the old object or all of the new one."""
     with explained(uri, "write"):
         if is_s3(uri):
-            s3().pipe_file(uri, content)
+            s3.client().pipe_file(uri, content)
             return
         path = local_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +109,7 @@ def upload(source: Path, uri: str) -> None:
     """Copy a local file to `uri`, in parts where the target is S3 and the file is large."""
     with explained(uri, "write"):
         if is_s3(uri):
-            s3().put_file(str(source), uri)
+            s3.client().put_file(str(source), uri)
             return
         path = local_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +128,7 @@ def download(uri: str, target: Path) -> None:
     with explained(uri, "read"):
         target.parent.mkdir(parents=True, exist_ok=True)
         if is_s3(uri):
-            s3().get_file(uri, str(target))
+            s3.client().get_file(uri, str(target))
         else:
             target.write_bytes(local_path(uri).read_bytes())
 
@@ -177,7 +152,7 @@ def size(uri: str) -> int | None:
     with explained(uri, "read"):
         try:
             if is_s3(uri):
-                info = s3().info(uri)
+                info = s3.client().info(uri)
                 return int(info["size"]) if info["type"] == "file" else None
             path = local_path(uri)
             return path.stat().st_size if path.is_file() else None
@@ -192,7 +167,7 @@ def list_folder(uri: str) -> Iterator[Entry]:
     """
     with explained(uri, "list"):
         if is_s3(uri):
-            yield from _list_s3(uri)
+            yield from _list_s3(uri, delimiter="/")
             return
         path = local_path(uri)
         if path.is_dir():
@@ -200,15 +175,37 @@ def list_folder(uri: str) -> Iterator[Entry]:
                 entries = sorted(scan, key=lambda entry: entry.name)
             for entry in entries:
                 folder = entry.is_dir()
-                yield Entry(entry.name, folder, 0 if folder else entry.stat().st_size)
+                yield Entry(entry.name, folder, 0 if folder else _size_of(entry))
 
 
-def _list_s3(uri: str) -> Iterator[Entry]:
+def list_tree(uri: str) -> Iterator[Entry]:
+    """Yield every file below a folder, named relative to it, in an order that does not change.
+
+    Holds one page of a bucket, or one local folder of each depth, at once.
+    """
+    if is_s3(uri):
+        with explained(uri, "list"):
+            yield from _list_s3(uri, delimiter="")
+        return
+    for entry in list_folder(uri):
+        if not entry.is_folder:
+            yield entry
+            continue
+        for inner in list_tree(join(uri, entry.name)):
+            yield inner._replace(name=f"{entry.name}/{inner.name}")
+
+
+def _size_of(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # a link to nothing: whoever reads it says so
+        return 0
+
+
+def _list_s3(uri: str, *, delimiter: str) -> Iterator[Entry]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
-    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
-    while True:
-        page = s3().call_s3("list_objects_v2", **request)
+    for page in s3.list_pages(bucket, prefix, delimiter=delimiter):
         folders = [
             Entry(p["Prefix"][len(prefix) :].rstrip("/"), True, 0)
             for p in page.get("CommonPrefixes", ())
@@ -216,20 +213,26 @@ def _list_s3(uri: str) -> Iterator[Entry]:
         files = [
             Entry(o["Key"][len(prefix) :], False, o["Size"])
             for o in page.get("Contents", ())
-            if o["Key"] != prefix
+            if not o["Key"].endswith("/")  # an empty object that marks a folder
         ]
         yield from sorted(folders + files)
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def delete_file(uri: str) -> None:
+    """Delete one object or file; nothing there is fine."""
+    with explained(uri, "delete"):
+        if is_s3(uri):
+            s3.client().rm_file(uri)
+        else:
+            local_path(uri).unlink(missing_ok=True)
 
 
 def delete_folder(uri: str) -> None:
     """Delete everything below `uri`; nothing there is fine."""
     with explained(uri, "delete"):
         if is_s3(uri):
-            if s3().exists(uri):
-                s3().rm(uri, recursive=True)
+            if s3.client().exists(uri):
+                s3.client().rm(uri, recursive=True)
             return
         path = local_path(uri)
         for root, folders, files in os.walk(path, topdown=False):
@@ -249,18 +252,14 @@ def check_writable(uri: str) -> None:
     """
     probe = join(uri, f".probe-{os.getpid()}")
     write_atomic(probe, b"")
-    with explained(uri, "write"):
-        if is_s3(uri):
-            s3().rm_file(probe)
-        else:
-            local_path(probe).unlink()
+    delete_file(probe)
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return pyarrow's filesystem and path for `uri`: what Ray Train wants for its own records."""
     if not is_s3(uri):
         return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
-    scheme, _, host = (_endpoint() or "").rpartition("://")
+    scheme, _, host = (s3.endpoint() or "").rpartition("://")
     options = {"endpoint_override": host, "scheme": scheme or "https"} if host else {}
     return pyarrow.fs.S3FileSystem(**options), uri.removeprefix("s3://")
 
@@ -284,28 +283,8 @@ class explained:
 
 
 def _reason(error: BaseException, uri: str) -> str | None:
-    text = str(error)
     if is_s3(uri):
-        if isinstance(error, botocore.exceptions.NoCredentialsError):
-            return (
-                "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "or run where an instance role is attached."
-            )
-        if isinstance(error, PermissionError) or "403" in text or "Forbidden" in text:
-            return (
-                "the credentials are wrong or lack the right (403); check AWS_ACCESS_KEY_ID, "
-                "AWS_SECRET_ACCESS_KEY and the bucket's policy."
-            )
-        if isinstance(
-            error, (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError)
-        ):
-            return (
-                f"the endpoint {_endpoint() or 'of AWS'} does not answer; check AWS_ENDPOINT_URL "
-                "and the network."
-            )
-        if isinstance(error, FileNotFoundError):
-            return "there is no such bucket or key; check the spelling (keys are case-sensitive)."
-        return None
+        return s3.explain(error)
     if isinstance(error, FileNotFoundError):
         return "there is no such file or folder; check the path."
     if isinstance(error, PermissionError):
