@@ -66,10 +66,8 @@ def pack(argv: Sequence[str]) -> int:
     parser.add_argument("--test-fraction", type=float, default=0.0, help="share held out")
     parser.add_argument("--verbose", action="store_true", help="show Ray's log lines")
     args = parser.parse_args(argv)
-    from orchestrator import cluster
     from orchestrator.data.pack import pack as write_shards
 
-    cluster.connect(verbose=args.verbose)
     index = write_shards(
         args.source,
         args.out,
@@ -77,6 +75,7 @@ def pack(argv: Sequence[str]) -> int:
         val_fraction=args.val_fraction,
         test_fraction=args.test_fraction,
         say=_say,
+        verbose=args.verbose,
     )
     rows = [(name, f"{s.samples} images, {s.shards} shards") for name, s in index.splits.items()]
     rows += [("classes", str(len(index.classes))), ("quarantined", str(index.quarantined))]
