@@ -1,0 +1,136 @@
+"""The worker's side: order checked, pieces joined, short steps filled with weight 0."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from packed import write_packed
+
+from orchestrator.config import Config, DataConfig, TrainConfig
+from orchestrator.data import feeds, plan
+from orchestrator.data.loader import Loader, ToDevice, WrongOrderError, assemble
+from orchestrator.data.render import Feed
+
+
+def make_feed(root: Path, *, num_workers: int, global_batch: int = 7, **packed: object) -> Feed:
+    index = write_packed(root, **packed)
+    data = DataConfig(index=str(root), global_batch=global_batch, image_size=8, window_chunks=2)
+    config = Config(name="run", data=data, train=TrainConfig(max_epochs=2))
+    return feeds.training_feed(config, index, num_workers=num_workers)
+
+
+def split(feed: Feed, step: int, stop: int) -> list[list[pa.Table]]:
+    """Deal the blocks of steps [step, stop) in round robin, as Ray Data does."""
+    tasks = plan.tasks(feed.stream, feed.batching, step=step, stop_step=stop)
+    blocks = [table for task in tasks for table in feed.blocks(task)]
+    return [blocks[rank :: feed.batching.num_workers] for rank in range(feed.batching.num_workers)]
+
+
+def loader(feed: Feed, rank: int, *, step: int = 0, segment: int = 3) -> Loader:
+    def open_segment(first: int) -> tuple[Iterator[pa.Table], int]:
+        stop = min(first + segment, feed.batching.num_steps)
+        return iter(split(feed, first, stop)[rank]), stop
+
+    to_device = ToDevice(torch.device("cpu"), feed.render.data)
+    return Loader(
+        feed.batching, rank=rank, step=step, open_segment=open_segment, to_device=to_device,
+        image_size=8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_workers_together_consume_every_position_once(tmp_path: Path, num_workers: int) -> None:
+    feed = make_feed(tmp_path, num_workers=num_workers)
+    positions: list[int] = []
+    for rank in range(num_workers):
+        mine = loader(feed, rank)
+        for _ in mine.take(feed.batching.num_steps):
+            positions += mine.current.batch.positions
+    assert sorted(positions) == list(range(80))
+
+
+def test_a_resumed_loader_goes_on_where_another_stopped(tmp_path: Path) -> None:
+    feed = make_feed(tmp_path, num_workers=2)
+    steps = feed.batching.num_steps
+    whole = [batch["id"] for batch in loader(feed, 1).take(steps)]
+    resumed = [batch["id"] for batch in loader(feed, 1, step=5).take(steps - 5)]
+    assert whole[5:] == resumed
+
+
+def test_the_batch_is_what_a_training_step_is_promised(tmp_path: Path) -> None:
+    feed = make_feed(tmp_path, num_workers=1)
+    batch = next(iter(loader(feed, 0).take(1)))
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"].shape == (7, 3, 8, 8)
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    assert batch["label"].dtype == torch.int64
+    assert len(batch["id"]) == 7
+    grey = (batch["image"] * torch.tensor(feed.render.data.std).view(1, 3, 1, 1)) + torch.tensor(
+        feed.render.data.mean
+    ).view(1, 3, 1, 1)
+    assert grey.min() >= -1e-6
+    assert grey.max() <= 1 + 1e-6
+
+
+def test_a_planted_wrong_order_raises(tmp_path: Path) -> None:
+    feed = make_feed(tmp_path, num_workers=2)
+    mine, other = split(feed, 0, feed.batching.num_steps)
+    swapped = [mine[1], mine[0], *mine[2:]]
+    for blocks in (swapped, mine[1:], [mine[0], *mine[2:]], other):
+        with pytest.raises(WrongOrderError, match="was due"):
+            list(assemble(iter(blocks), feed.batching, rank=0, micro=0))
+
+
+def test_a_stream_that_ends_early_raises(tmp_path: Path) -> None:
+    feed = make_feed(tmp_path, num_workers=1)
+    short = Loader(
+        feed.batching,
+        rank=0,
+        step=0,
+        open_segment=lambda step: (iter(split(feed, step, step + 1)[0][:0]), 12),
+        to_device=ToDevice(torch.device("cpu"), feed.render.data),
+        image_size=8,
+    )
+    with pytest.raises(WrongOrderError, match="ran out of blocks"):
+        next(iter(short.take(1)))
+
+
+def test_an_empty_share_gets_a_stand_in_that_counts_for_nothing(tmp_path: Path) -> None:
+    # 10 samples in steps of 9 on 4 workers: the last step of the run has 2 samples.
+    feed = make_feed(tmp_path, num_workers=4, global_batch=9, train=10, val=4)
+    weights = {}
+    for rank in range(4):
+        mine = loader(feed, rank)
+        for step, batch in enumerate(mine.take(feed.batching.num_steps)):
+            weights[step, rank] = mine.current.weight
+            assert len(batch["image"]) >= 1
+            assert len(batch["label"]) == len(batch["image"]) == len(batch["id"])
+    last = [weights[2, rank] for rank in range(4)]
+    assert sorted(last) == [0, 0, 2, 2]
+    for step in range(3):
+        assert sum(weights[step, rank] for rank in range(4)) == pytest.approx(4)
+
+
+def test_bad_images_leave_the_batch_and_keep_the_gradient_right(tmp_path: Path) -> None:
+    feed = make_feed(
+        tmp_path, num_workers=1, global_batch=10, train=10, val=4, broken={"train-0003": b"no"}
+    )
+    mine = loader(feed, 0)
+    batch = next(iter(mine.take(1)))
+    assert len(batch["id"]) == 9
+    assert "train-0003" not in batch["id"]
+    assert [entry["id"] for entry in mine.current.batch.bad] == ["train-0003"]
+    assert mine.current.weight == pytest.approx(0.9)
+
+
+def test_iterating_reads_nothing_before_a_batch_is_asked_for(tmp_path: Path) -> None:
+    feed = make_feed(tmp_path, num_workers=1)
+    mine = loader(feed, 0)
+    for _ in itertools.repeat(None, 3):
+        iter(mine.take(2))  # Lightning calls iter() more often than it consumes
+    first = next(iter(mine.take(1)))
+    assert mine.current.batch.micro == 0
+    assert len(first["id"]) == 7
