@@ -58,5 +58,10 @@ def user_errors() -> Iterator[None]:
 
 
 def import_paths() -> list[str]:
-    """Return the folders from which workers import the user's modules, as this process does."""
-    return list(dict.fromkeys([os.getcwd(), sys.path[0] or os.getcwd()]))
+    """Return the folders that this process imports from, for `extend_imports` on a worker."""
+    return [os.path.abspath(path) for path in sys.path]
+
+
+def extend_imports(paths: list[str]) -> None:
+    """Let this worker import the user's modules from where the driver does, its own paths first."""
+    sys.path += [path for path in paths if path not in sys.path and os.path.exists(path)]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -108,7 +107,7 @@ def _check(index: Index, manifest: checkpoint.Manifest, split: str) -> None:
 
 
 def _evaluate_on_worker(job: _Job) -> dict[str, Any]:
-    sys.path[:0] = [path for path in job.import_paths if path not in sys.path]
+    cluster.extend_imports(job.import_paths)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     index = read_index(job.config.data.index)
     module = model.build(job.config.model, num_classes=len(index.classes))

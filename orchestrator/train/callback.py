@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from orchestrator import storage
-from orchestrator.config import Config, config_digest
+from orchestrator.config import Config, UserError, config_digest
 from orchestrator.data.loader import Loader
 from orchestrator.progress import Progress
 from orchestrator.run import append_event
 from orchestrator.train import checkpoint, state
 from orchestrator.train.journal import Consumed, Metrics, Quarantine
+from orchestrator.train.pace import Pace, Schedule
 from orchestrator.train.strategy import sync_buffers
 
 _LOG_EVERY_STEPS = 5
@@ -58,9 +60,12 @@ class Recorder(pl.Callback):
         self._resumed = resumed
         manifest = resumed[0] if resumed else None
         self.step = manifest.step if manifest else 0
-        self._stats = dict(manifest.stats) if manifest else {"train_s": 0.0, "wait_s": 0.0}
-        self._loss = torch.zeros(2, dtype=torch.float64)  # sum of losses, samples
-        self._due_step, self._due_from = self.step + _LOG_EVERY_STEPS, time.perf_counter()
+        totals = manifest.stats if manifest else {}
+        self._pace = Pace(lambda: loader.waited_s, totals, step=self.step)
+        self._schedule = Schedule(self._config.train.checkpoint.every_seconds, step=self.step)
+        self._loss_sum: torch.Tensor | float = 0.0
+        self._loss_samples = 0
+        self._mean_loss: float | None = None
         self._posted = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,13 +81,10 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clocks: what came before is start-up."""
-        self._start_clocks()
+        self._pace.start(self.step)
+        self._schedule.restart(self.step)
         if trainer.global_rank == 0:
             append_event(self._facts.run, "training", step=self.step, workers=trainer.world_size)
-
-    def _start_clocks(self) -> None:
-        self._began, self._waited = time.perf_counter(), self._loader.waited_s
-        self._began_step = self.step
 
     @property
     def _epoch(self) -> int:
@@ -129,11 +131,13 @@ class Recorder(pl.Callback):
         assert current is not None
         accumulation = self._loader.batching.accumulation
         self._consumed.add(current.batch, step=self.step + 1)
-        if current.loss_samples:
-            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            # Lightning hands over the loss divided by the accumulation.
-            mean = float(loss) * accumulation  # type: ignore[arg-type]
-            self._loss += torch.tensor([mean * current.loss_samples, current.loss_samples])
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None and current.loss_samples:
+            # Lightning hands over the loss divided by the accumulation. It stays on the device:
+            # reading it here would make a GPU wait at every micro-batch.
+            share = accumulation * current.loss_samples
+            self._loss_sum = self._loss_sum + loss.detach().double() * share
+            self._loss_samples += current.loss_samples
         if current.batch.micro // trainer.world_size % accumulation != accumulation - 1:
             return
         self.step += 1
@@ -144,11 +148,13 @@ class Recorder(pl.Callback):
             self._commit(trainer, metrics={}, done="")
 
     def _log_loss(self, trainer: pl.Trainer) -> None:
-        total = self._loss.to(trainer.strategy.root_device, torch.float32)
+        total = torch.tensor(
+            [float(self._loss_sum), self._loss_samples], device=trainer.strategy.root_device
+        )
         if trainer.world_size > 1:
             torch.distributed.all_reduce(total)
         loss = float(total[0] / total[1].clamp(min=1))
-        self._loss.zero_()
+        self._loss_sum, self._loss_samples = 0.0, 0
         self._mean_loss = loss
         if trainer.global_rank == 0:
             values = {"train_loss": loss, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
@@ -156,32 +162,31 @@ class Recorder(pl.Callback):
 
     def _commit_due(self, trainer: pl.Trainer) -> bool:
         """Return the same answer on every worker: rank 0's clock decides, at agreed steps."""
-        every = self._config.train.checkpoint
-        if every.every_steps and self.step % every.every_steps == 0:
+        every_steps = self._config.train.checkpoint.every_steps
+        if every_steps and self.step % every_steps == 0:
             return True
-        if not every.every_seconds or self.step < self._due_step:
-            return False
-        elapsed = time.perf_counter() - self._due_from
-        left = every.every_seconds - elapsed
-        steps = left / (elapsed / max(1, self.step - self._due_step + _LOG_EVERY_STEPS))
-        wait = int(trainer.strategy.broadcast(max(1, int(steps)) if left > 0 else 0))
-        self._due_step = self.step + wait
-        return wait == 0
+        return self._schedule.due(self.step, trainer.strategy.broadcast)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the model that will be saved."""
         sync_buffers(pl_module)
-        self._stop_clocks()
+        self._pace.stop(self.step)
         self._post(trainer, "validating", now=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validation is no training time."""
-        self._start_clocks()
+        """Restart the clocks: validation is no training time.
 
-    def _stop_clocks(self) -> None:
-        self._stats["train_s"] += time.perf_counter() - self._began
-        self._stats["wait_s"] += self._loader.waited_s - self._waited
-        self._start_clocks()
+        Raises:
+            UserError: early stopping watches a metric that was not logged.
+        """
+        stopping = self._config.train.early_stopping
+        if stopping is not None and stopping.monitor not in trainer.callback_metrics:
+            logged = ", ".join(trainer.callback_metrics) or "nothing"
+            raise UserError(
+                f"train.early_stopping.monitor={stopping.monitor!r} was not logged by the module's "
+                f"validation_step, which logged {logged}; name a logged metric."
+            )
+        self._pace.start(self.step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Commit with the validation's metrics, and report them."""
@@ -210,7 +215,7 @@ class Recorder(pl.Callback):
         return [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
 
     def _commit(self, trainer: pl.Trainer, *, metrics: dict[str, float], done: str) -> None:
-        self._stop_clocks()
+        self._pace.stop(self.step)
         self._post(trainer, "saving", now=True)
         run, uri = self._facts.run, checkpoint.checkpoint_uri(self._facts.run, self.step)
         self._consumed.write(run, step=self.step)
@@ -225,8 +230,8 @@ class Recorder(pl.Callback):
         if trainer.global_rank == 0:
             self._commit_rank_0(trainer, gathered, metrics, done)
         trainer.strategy.barrier("committed")
-        self._due_step, self._due_from = self.step + _LOG_EVERY_STEPS, time.perf_counter()
-        self._start_clocks()
+        self._schedule.restart(self.step)
+        self._pace.start(self.step)
 
     def _commit_rank_0(
         self, trainer: pl.Trainer, gathered: list[Any], metrics: dict[str, float], done: str
@@ -237,7 +242,6 @@ class Recorder(pl.Callback):
             append_event(facts.run, "quarantined", **row)
         self._metrics.add(metrics, **at)
         self._metrics.write()
-        self._stats |= {"bad": len(self._quarantine), "samples": self._position}
         manifest = checkpoint.Manifest(
             step=self.step,
             position=self._position,
@@ -249,7 +253,7 @@ class Recorder(pl.Callback):
             precision=facts.precision,
             config_digest=config_digest(facts.config),
             index_digest=facts.index_digest,
-            stats=dict(self._stats),
+            stats={**self._pace.totals, "bad": len(self._quarantine)},
             files=tuple(record for records, _ in gathered for record in records),
         )
         self._upload_logs(trainer)
@@ -273,9 +277,7 @@ class Recorder(pl.Callback):
             return
         self._posted = moment
         batching = self._loader.batching
-        elapsed = moment - self._began
-        waited = self._loader.waited_s - self._waited
-        rate = (self.step - self._began_step) / elapsed if elapsed > 0 else 0.0
+        rate = self._pace.steps_per_s(self.step)
         progress = Progress(
             phase=phase,
             run=self._config.name,
@@ -283,9 +285,9 @@ class Recorder(pl.Callback):
             steps=batching.num_steps,
             epoch=self._epoch,
             epochs=self._config.train.max_epochs,
-            loss=getattr(self, "_mean_loss", None),
+            loss=self._mean_loss,
             images_per_s=rate * batching.step_samples or None,
-            wait_share=waited / elapsed if elapsed > 0 else None,
+            wait_share=self._pace.wait_share,
             eta_s=(batching.num_steps - self.step) / rate if rate else None,
         )
         self._facts.board.post.remote(progress)

@@ -53,7 +53,7 @@ class Manifest:
     config_digest: str
     index_digest: str
     stats: dict[str, float]
-    """Totals since the run's first step: train_s, wait_s, samples, bad."""
+    """Totals since the run's first step: train_s, wait_s (seconds), bad (images)."""
     files: tuple[FileRecord, ...]
 
 

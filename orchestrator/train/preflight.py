@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any
 
 import ray
+import torch
 
 from orchestrator.config import Config, UserError
 from orchestrator.data.index import Index, read_index, verify
 from orchestrator.train import checkpoint, model
+from orchestrator.train.module import ImageClassifier
 from orchestrator.train.strategy import Choice
 
 
@@ -89,6 +91,10 @@ def check_model(config: Config, index: Index) -> None:
     """
     model.refuse_second_lightning()
     model.init_args(config.model, num_classes=len(index.classes))
+    if issubclass(model.find_class(config.model.class_path), ImageClassifier):
+        # It reads nothing but its arguments, so it can be tried without allocating weights.
+        with torch.device("meta"):
+            model.build(config.model, num_classes=len(index.classes))
 
 
 def check_checkpoints(config: Config, index: Index, run: str, strategy: Choice) -> None:

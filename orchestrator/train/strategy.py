@@ -136,7 +136,9 @@ class ZeroStrategy(RayDeepSpeedStrategy):  # type: ignore[misc]
             super().setup_environment()
             return
         self.accelerator.setup_device(self.root_device)
-        self.setup_distributed()
+        # What DeepSpeedStrategy.setup_distributed does after comparing CUDA device indices.
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
 
     @property
     def root_device(self) -> torch.device:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.lightning import RayLightningEnvironment, prepare_trainer
 
-from orchestrator import storage
+from orchestrator import cluster, storage
 from orchestrator.config import Config
 from orchestrator.data import feeds, plan
 from orchestrator.data.index import read_index
@@ -87,9 +86,7 @@ def train_worker(payload: dict[str, Any]) -> None:
 
 
 def _prepare_process(job: Job) -> None:
-    for path in reversed(job.import_paths):
-        if path not in sys.path:
-            sys.path.insert(0, path)
+    cluster.extend_imports(job.import_paths)
     # Blocks are mapped read-only from shared memory and never written to.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
@@ -181,7 +178,8 @@ def _trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choice) ->
     if config.train.early_stopping is not None:
         stopping = dataclasses.asdict(config.train.early_stopping)
         # Before the recorder, so that a commit holds its count of this validation.
-        callbacks.insert(0, EarlyStopping(**stopping, check_on_train_epoch_end=False))
+        # Not strict: the recorder says in one sentence that its metric was never logged.
+        callbacks.insert(0, EarlyStopping(**stopping, check_on_train_epoch_end=False, strict=False))
 
     def loss_weight() -> float:
         assert loader.current is not None

@@ -1,0 +1,87 @@
+"""Worker side: how fast a run goes and how long it waits for data."""
+
+import time
+from collections.abc import Callable, Mapping
+
+
+class Pace:
+    """Seconds of training and of waiting since the run's first step, restarts included.
+
+    Args:
+        waited_s: returns the seconds this process has waited for data so far.
+        totals: {"train_s", "wait_s"} that a checkpoint brought along.
+        step: the step that training starts at.
+    """
+
+    def __init__(
+        self, waited_s: Callable[[], float], totals: Mapping[str, float], *, step: int
+    ) -> None:
+        self._waited_s = waited_s
+        self._train_s = totals.get("train_s", 0.0)
+        self._wait_s = totals.get("wait_s", 0.0)
+        self.start(step)
+
+    def start(self, step: int) -> None:
+        """Begin a stretch of training at `step`."""
+        self._began, self._waited, self._step = time.perf_counter(), self._waited_s(), step
+
+    def stop(self, step: int) -> None:
+        """End the stretch: what follows (validation, a commit) is no training time."""
+        self._train_s += self.elapsed_s
+        self._wait_s += self._waited_s() - self._waited
+        self.start(step)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the stretch began."""
+        return time.perf_counter() - self._began
+
+    @property
+    def wait_share(self) -> float | None:
+        """Share of this stretch that went into waiting for data."""
+        elapsed = self.elapsed_s
+        return min(1.0, (self._waited_s() - self._waited) / elapsed) if elapsed > 0 else None
+
+    def steps_per_s(self, step: int) -> float:
+        """Return the speed of this stretch."""
+        elapsed = self.elapsed_s
+        return (step - self._step) / elapsed if elapsed > 0 else 0.0
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What a checkpoint carries on: train_s, wait_s."""
+        return {"train_s": self._train_s, "wait_s": self._wait_s}
+
+
+class Schedule:
+    """When the next checkpoint by time is due, in steps, so that all workers agree.
+
+    Args:
+        every_s: seconds between commits; None or 0: never by time.
+        first_look: steps after which the clock is looked at first.
+    """
+
+    def __init__(self, every_s: float | None, *, step: int, first_look: int = 5) -> None:
+        self._every_s = every_s
+        self._first_look = first_look
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Count from a commit at `step`."""
+        self._began, self._from_step = time.perf_counter(), step
+        self._look_at = step + self._first_look
+
+    def due(self, step: int, agree: Callable[[int], int]) -> bool:
+        """Return whether to commit now; `agree` is a collective that returns rank 0's value.
+
+        Only at steps that all workers know beforehand does rank 0's clock decide: commit now, or
+        look again after as many steps as fit into the time left.
+        """
+        if not self._every_s or step < self._look_at:
+            return False
+        elapsed = time.perf_counter() - self._began
+        left = self._every_s - elapsed
+        steps = int(left * (step - self._from_step) / elapsed)
+        wait = agree(max(1, steps) if left > 0 else 0)
+        self._look_at = step + wait
+        return wait == 0

@@ -1,0 +1,188 @@
+"""Real runs on a real Ray cluster: two workers, gloo, kills, resumes, bad images."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from packed import write_packed
+
+from orchestrator.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EarlyStoppingConfig,
+    ModelConfig,
+    ScalingConfig,
+    TrainConfig,
+    UserError,
+)
+from orchestrator.data.index import Index
+from orchestrator.run import read_events
+from orchestrator.train import checkpoint
+from orchestrator.train.launch import RunResult, TrainingFailed, fit
+from orchestrator.train.strategy import WEIGHTS_FILE, read_tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
+TRAIN, EPOCHS = 75, 3  # 75 is no multiple of the global batch: steps straddle epochs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return write_packed(tmp_path_factory.mktemp("data"), train=TRAIN, val=11)
+
+
+def make_config(
+    index: Index, folder: Path, name: str, module: str, *, workers: int = 2, **init_args: object
+) -> Config:
+    return Config(
+        name=name,
+        storage_path=str(folder),
+        data=DataConfig(
+            index=index.uri,
+            global_batch=13,
+            max_micro_batch=4,
+            eval_batch=4,
+            image_size=8,
+            window_chunks=3,
+            audit=True,
+        ),
+        model=ModelConfig(class_path=f"modules.{module}", init_args=dict(init_args)),
+        train=TrainConfig(
+            max_epochs=EPOCHS, checkpoint=CheckpointConfig(every_steps=2), max_failures=0
+        ),
+        scaling=ScalingConfig(num_workers=workers),
+    )
+
+
+def replace_train(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def final_weights(result: RunResult) -> dict[str, torch.Tensor]:
+    last = checkpoint.list_manifests(result.run)[-1]
+    uri = checkpoint.checkpoint_uri(result.run, last.step)
+    weights: dict[str, torch.Tensor] = read_tensors(Path(uri) / WEIGHTS_FILE)
+    return weights
+
+
+def audit(result: RunResult) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(f"{result.run}/samples").to_pylist()
+    return sorted(rows, key=lambda row: (row["step"], row["rank"]))
+
+
+def assert_exactly_once(result: RunResult, *, missing: frozenset[str] = frozenset()) -> None:
+    counts = Counter((row["epoch"], row["id"]) for row in audit(result))
+    expected = {f"train-{i:04d}" for i in range(TRAIN)} - missing
+    assert set(counts.values()) == {1}
+    assert set(counts) == {(epoch, i) for epoch in range(EPOCHS) for i in expected}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Index, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunResult]:
+    config = make_config(data, tmp_path_factory.mktemp("runs"), "undisturbed", "UserModule")
+    return config, fit(config)
+
+
+def test_a_run_writes_all_that_its_folder_promises(undisturbed: tuple[Config, RunResult]) -> None:
+    config, result = undisturbed
+    run = Path(result.run)
+    steps = -(-TRAIN * EPOCHS // 13)
+    assert result.stop_reason == "max_epochs"
+    assert result.result["epochs"] == EPOCHS
+    assert result.result["steps"] == steps
+    assert result.result["samples_seen"] == TRAIN * EPOCHS
+    assert result.result["restarts"] == 0
+    assert 0 <= result.result["data_wait_share"] <= 1
+    assert result.best["val_loss"] <= result.result["final"]["val_loss"]
+    assert list((run / "tensorboard").glob("events*"))
+    metrics = pq.read_table(run / "metrics.parquet").to_pylist()
+    assert [m["step"] for m in metrics if m["name"] == "val_loss"] == [6, 12, steps]
+    assert {m["name"] for m in metrics} >= {"train_loss", "lr", "val_loss"}
+    kept = [manifest.step for manifest in checkpoint.list_manifests(result.run)]
+    assert kept[-1] == steps
+    assert len(kept) <= config.train.checkpoint.keep + 1
+    assert result.best["step"] in kept
+    assert_exactly_once(result)
+
+
+def test_a_finished_run_resubmitted_starts_nothing(undisturbed: tuple[Config, RunResult]) -> None:
+    config, result = undisturbed
+    events = read_events(result.run)
+    assert fit(config).result == result.result
+    assert read_events(result.run) == events
+
+
+def test_a_killed_worker_costs_nothing_but_time(
+    data: Index, tmp_path: Path, undisturbed: tuple[Config, RunResult]
+) -> None:
+    marker = str(tmp_path / "killed.marker")
+    config = make_config(data, tmp_path, "killed", "KilledOnce", marker=marker, at_step=9)
+    result = fit(replace_train(config, max_failures=1))
+    assert Path(marker).exists()
+    assert result.result["restarts"] == 1
+    starts = [event["step"] for event in read_events(result.run) if event["event"] == "training"]
+    assert starts == [0, 8]
+    expected = final_weights(undisturbed[1])
+    weights = final_weights(result)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert_exactly_once(result)
+    assert audit(result) == audit(undisturbed[1])
+
+
+def test_an_error_is_one_line_and_the_run_resumes_at_another_world_size(
+    data: Index, tmp_path: Path
+) -> None:
+    marker = str(tmp_path / "failed.marker")
+    config = make_config(data, tmp_path, "fails", "NoDropout", marker=marker, at_step=9)
+    with pytest.raises(TrainingFailed, match="ArithmeticError: the loss went to pieces") as caught:
+        fit(config)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" in (tmp_path / "fails" / "error.txt").read_text()
+    alone = dataclasses.replace(config, scaling=ScalingConfig(num_workers=1))
+    resumed = fit(alone)
+    assert_exactly_once(resumed)
+    ranks = {(row["step"] > 8, row["rank"]) for row in audit(resumed)}
+    assert ranks == {(False, 0), (False, 1), (True, 0)}
+    # The optimisation problem does not depend on the world size (P3): one worker from the start
+    # ends at the same weights, up to the rounding of sums in another order.
+    single = fit(dataclasses.replace(alone, name="single"))
+    expected, weights = final_weights(single), final_weights(resumed)
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_early_stopping_keeps_the_best_checkpoint(data: Index, tmp_path: Path) -> None:
+    config = make_config(data, tmp_path, "stops", "NeverImproves")
+    stopping = EarlyStoppingConfig(patience=1)
+    config = replace_train(
+        config, max_epochs=9, early_stopping=stopping, checkpoint=CheckpointConfig(keep=1)
+    )
+    result = fit(config)
+    assert result.stop_reason == "converged"
+    assert result.result["epochs"] == 2
+    assert result.best == {"val_loss": 0.0, "epoch": 1, "step": 6}
+    assert [m.step for m in checkpoint.list_manifests(result.run)] == [6, 12]
+
+
+def test_broken_images_are_quarantined_and_counted(tmp_path: Path) -> None:
+    broken = {"train-0007": b"not an image", "train-0050": b"\xff\xd8\xff\xe0 half a header"}
+    index = write_packed(tmp_path / "data", train=TRAIN, val=11, broken=broken)
+    config = make_config(index, tmp_path, "broken", "UserModule")
+    result = fit(config)
+    assert result.stop_reason == "max_epochs"
+    assert result.result["quarantined"] == 2
+    table = pq.read_table(f"{result.run}/quarantine.parquet").to_pylist()
+    assert sorted(row["id"] for row in table) == sorted(broken)
+    assert all(row["reason"] and row["uri"].startswith(index.uri) for row in table)
+    assert_exactly_once(result, missing=frozenset(broken))
+
+
+def test_a_monitor_that_is_never_logged_is_said_in_one_line(data: Index, tmp_path: Path) -> None:
+    config = make_config(data, tmp_path, "unlogged", "UserModule")
+    config = replace_train(config, early_stopping=EarlyStoppingConfig(monitor="val_los"))
+    with pytest.raises(UserError, match=r"train\.early_stopping\.monitor='val_los'.*val_loss"):
+        fit(config)
