@@ -22,6 +22,10 @@ from orchestrator.data.render import Feed
 # once produce: enough to ride out a slow task, small enough never to spill.
 _BUFFERED_TASKS = 2
 _MIN_BUFFER_BYTES = 64 << 20
+# A reader of training data and one of validation data add up to one CPU; see `Placement.beside`.
+_READER_CPUS = 0.9
+# Readers that are asked for on an autoscaling cluster before any node with free CPUs is up.
+_GROWING_SLOTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +40,41 @@ class Placement:
 
     @classmethod
     def choose(
-        cls, *, requested: int | None, cluster_cpus: float, worker_cpus: float
+        cls,
+        *,
+        requested: int | None,
+        cluster_cpus: float,
+        worker_cpus: float,
+        may_grow: bool = False,
+        share: int = 1,
     ) -> "Placement":
-        """Give readers the CPUs that workers leave; where they leave none, share the workers'."""
-        spare = int(cluster_cpus - worker_cpus)
+        """Give readers the CPUs that workers leave; where they leave none, share the workers'.
+
+        Args:
+            requested: the user's number of slots, or None.
+            cluster_cpus: CPUs of the cluster.
+            worker_cpus: CPUs that workers reserve on it.
+            may_grow: an autoscaler adds nodes for tasks that wait for a CPU.
+            share: runs that divide the cluster between them.
+        """
+        spare = int((cluster_cpus - worker_cpus) / share)
         if requested is not None:
-            cpus = 1 if requested <= spare else 0
-            return cls(requested, cpus, f"data.decode_slots={requested}")
+            reserve = requested <= spare or may_grow
+            return cls(requested, _READER_CPUS * reserve, f"data.decode_slots={requested}")
         if spare >= 1:
-            return cls(spare, 1, f"{spare} of {cluster_cpus:g} CPUs are free of workers")
-        slots = max(1, int(cluster_cpus))
+            return cls(spare, _READER_CPUS, f"of {cluster_cpus:g} CPUs workers leave {spare}")
+        if may_grow:
+            return cls(_GROWING_SLOTS, _READER_CPUS, "asked of the autoscaler: no CPU is free yet")
+        slots = max(1, int(cluster_cpus / share))
         return cls(slots, 0, f"workers hold all {cluster_cpus:g} CPUs, so reading shares them")
+
+    def beside(self) -> "Placement":
+        """Return the placement of a second dataset, which waits while the first is read.
+
+        Readers that wait for their consumer keep their CPU; so that the two never starve each
+        other, both together take no more than one CPU a slot.
+        """
+        return dataclasses.replace(self, cpus=(1 - _READER_CPUS) * bool(self.cpus))
 
 
 class StreamSource(Datasource):  # type: ignore[misc]

@@ -15,7 +15,6 @@ from ray.train.torch import TorchTrainer
 
 from orchestrator import cluster, progress, storage
 from orchestrator.config import Config, UserError
-from orchestrator.data.source import Placement
 from orchestrator.run import append_event, open_run, read_events, read_result, run_uri, write_result
 from orchestrator.train import checkpoint, preflight
 from orchestrator.train.strategy import Choice, choose_strategy
@@ -68,6 +67,7 @@ def fit(
     verbose: bool = False,
     callbacks: Sequence[ray.train.UserCallback] = (),
     show: bool = True,
+    share: int = 1,
 ) -> RunResult:
     """Train, or go on with, the run that `config` describes, to its end.
 
@@ -76,6 +76,7 @@ def fit(
         verbose: show Ray's own log lines.
         callbacks: told of every report, in Ray Train's controller.
         show: print progress.
+        share: runs that divide the cluster between them, as the trials of a sweep do.
 
     Raises:
         UserError: the config cannot work; nothing was started.
@@ -91,17 +92,15 @@ def fit(
     cluster.connect(verbose=verbose)
     resources = preflight.cluster_resources()
     preflight.check_resources(config, resources, may_grow=cluster.may_grow())
-    placement = _placement(config, resources)
     workers = config.scaling.num_workers
-    slots, reason = placement.slots, placement.reason
-    append_event(run, "submitted", workers=workers, decode_slots=slots, decode_reason=reason)
+    append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
     began = time.monotonic()
     with _board(show=show) as board:
         job = Job(
             run=run,
             config=config,
             strategy=strategy,
-            placement=placement,
+            share=share,
             board=board,
             import_paths=cluster.import_paths(),
         )
@@ -117,14 +116,6 @@ def _board(*, show: bool) -> Any:
             yield board
     finally:
         ray.kill(board)
-
-
-def _placement(config: Config, found: preflight.Resources) -> Placement:
-    return Placement.choose(
-        requested=config.data.decode_slots,
-        cluster_cpus=found.cpus,
-        worker_cpus=config.scaling.num_workers * config.scaling.cpus_per_worker,
-    )
 
 
 def _run_trainer(job: Job, *, verbose: bool, callbacks: Sequence[ray.train.UserCallback]) -> None:
@@ -178,7 +169,9 @@ def _write_result(run: str, config: Config, *, wall_s: float) -> dict[str, Any]:
     best = checkpoint.best_of(manifests, monitor=monitor, mode=mode) or last
     events = read_events(run)
     starts = [event for event in events if event["event"] == "training"]
-    decided, submitted = _latest(events, "decided"), _latest(events, "submitted")
+    decided: dict[str, Any] = next(
+        (event for event in reversed(events) if event["event"] == "decided"), {}
+    )
     train_s = max(last.stats["train_s"], 1e-9)
     result = {
         "run": run,
@@ -197,13 +190,9 @@ def _write_result(run: str, config: Config, *, wall_s: float) -> dict[str, Any]:
         "decisions": {
             "precision": decided.get("precision"),
             "strategy": decided.get("strategy"),
-            "decode_slots": f"{submitted.get('decode_slots')}: {submitted.get('decode_reason')}",
+            "decode_slots": decided.get("decode_slots"),
         },
     }
     write_result(run, result)
     append_event(run, "finished", stop_reason=last.done, step=last.step)
     return result
-
-
-def _latest(events: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    return next((event for event in reversed(events) if event["event"] == kind), {})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytorch_lightning as pl
+import ray
 import ray.train
 import ray.train.torch
 from pytorch_lightning.callbacks import EarlyStopping
@@ -42,7 +43,8 @@ class Job:
     run: str
     config: Config
     strategy: Choice
-    placement: Placement
+    share: int
+    """Runs that divide the cluster between them."""
     board: Any
     """Handle of the progress board actor."""
     import_paths: list[str]
@@ -63,7 +65,8 @@ def train_worker(payload: dict[str, Any]) -> None:
         if step >= feed.batching.num_steps or (resumed and resumed.done == "converged"):
             return
         precision = choose_precision(config.train.precision)
-        loader = _loader(feed, job, rank=rank, step=step)
+        placement = _placement(job)
+        loader = _loader(feed, job, placement, rank=rank, step=step)
         facts = RunFacts(
             run=job.run,
             config=config,
@@ -75,13 +78,21 @@ def train_worker(payload: dict[str, Any]) -> None:
         )
         recorder = Recorder(facts, loader, (resumed, Path(folder)) if resumed else None)
         if rank == 0:
-            append_event(job.run, "decided", precision=str(precision), strategy=str(job.strategy))
+            append_event(
+                job.run,
+                "decided",
+                precision=str(precision),
+                strategy=str(job.strategy),
+                decode_slots=f"{placement.slots}: {placement.reason}",
+            )
         pl.seed_everything(config.seed, verbose=False)
         module = model.build(config.model, num_classes=len(index.classes))
         if hasattr(module, "total_steps"):
             module.total_steps = feed.batching.num_steps  # type: ignore[assignment]
         trainer = _trainer(job, recorder, loader, precision)
-        validation = _validation_loader(job, rank) if "val" in index.splits else None
+        validation = (
+            _validation_loader(job, placement.beside(), rank) if "val" in index.splits else None
+        )
         trainer.fit(module, datamodule=_Batches(recorder, loader, validation))
 
 
@@ -115,12 +126,24 @@ def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest |
     return found
 
 
-def _loader(feed: Feed, job: Job, *, rank: int, step: int) -> Loader:
+def _placement(job: Job) -> Placement:
+    """Decide where to read: now, when the workers hold their CPUs and a cluster has grown."""
+    scaling = job.config.scaling
+    return Placement.choose(
+        requested=job.config.data.decode_slots,
+        cluster_cpus=ray.cluster_resources().get("CPU", 0),
+        worker_cpus=scaling.num_workers * scaling.cpus_per_worker * job.share,
+        may_grow=cluster.may_grow(),
+        share=job.share,
+    )
+
+
+def _loader(feed: Feed, job: Job, placement: Placement, *, rank: int, step: int) -> Loader:
     return Loader(
         feed.batching,
         rank=rank,
         step=step,
-        open_segment=_segment_opener(feed, job.placement, rank),
+        open_segment=_segment_opener(feed, placement, rank),
         to_device=ToDevice(ray.train.torch.get_device(), job.config.data),
         image_size=job.config.data.image_size,
     )
@@ -141,7 +164,7 @@ def _segment_opener(feed: Feed, placement: Placement, rank: int) -> OpenSegment:
     return open_segment
 
 
-def _validation_loader(job: Job, rank: int) -> Loader:
+def _validation_loader(job: Job, placement: Placement, rank: int) -> Loader:
     index = read_index(job.config.data.index)
     num_workers = ray.train.get_context().get_world_size()
     feed = feeds.evaluation_feed(
@@ -151,7 +174,7 @@ def _validation_loader(job: Job, rank: int) -> Loader:
         passes=job.config.train.max_epochs,
         num_workers=num_workers,
     )
-    return _loader(feed, job, rank=rank, step=0)
+    return _loader(feed, job, placement, rank=rank, step=0)
 
 
 class _Batches(pl.LightningDataModule):
