@@ -29,7 +29,10 @@ def write_images(root: Path) -> None:
 
 
 def main(flags: list[str]) -> int:
-    """Run the four commands one after the other, as a user would."""
+    """Write the images, then run three commands one after the other, as a user would."""
+    if "--help" in flags:
+        print(f"usage: python jobs/digits.py [--section.field VALUE ...]\n{__doc__}")
+        return 0
     config = configfile.load(str(CONFIG), flags)
     write_images(SOURCE)
     fractions = ["--val-fraction", "0.15", "--test-fraction", "0.15"]
