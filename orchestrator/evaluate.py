@@ -21,13 +21,8 @@ from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, ToDevice
 from orchestrator.data.source import Placement, split_segment
 from orchestrator.run import EVALUATION_FILE, read_config
 from orchestrator.train import checkpoint, model
-from orchestrator.train.strategy import (
-    WEIGHTS_FILE,
-    Choice,
-    choose_precision,
-    lightning_precision,
-    read_tensors,
-)
+from orchestrator.train.precision import lightning_precision
+from orchestrator.train.strategy import WEIGHTS_FILE, read_tensors
 
 Which = Literal["best", "last"]
 
@@ -115,14 +110,13 @@ def _evaluate_on_worker(job: _Job) -> dict[str, Any]:
         checkpoint.fetch(job.run, job.manifest, Path(folder))
         module.load_state_dict(read_tensors(Path(folder) / WEIGHTS_FILE))
     module.to(device, memory_format=torch.channels_last).eval()
-    precision = choose_precision(job.config.train.precision)
     loader = _loader(job, index, device)
     return {
         "split": job.split,
         "step": job.manifest.step,
-        "precision": precision.value,
+        "precision": job.manifest.precision,
         "batch": job.config.data.eval_batch,
-        **_measure(module, loader, index, precision, device),
+        **_measure(module, loader, index, job.manifest.precision, device),
     }
 
 
@@ -151,7 +145,7 @@ def _measure(
     module: pl.LightningModule,
     loader: Loader,
     index: Index,
-    precision: Choice,
+    precision: str,
     device: torch.device,
 ) -> dict[str, Any]:
     num_classes = len(index.classes)
@@ -196,8 +190,8 @@ def _logits(module: pl.LightningModule, image: torch.Tensor, num_classes: int) -
     return logits.float()
 
 
-def _autocast(precision: Choice, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if lightning_precision(precision) == "32-true":
         return contextlib.nullcontext()
-    dtype = torch.bfloat16 if precision.value == "bf16" else torch.float16
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype)

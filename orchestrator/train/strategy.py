@@ -1,53 +1,24 @@
-"""Worker side: DDP or ZeRO and the precision, as Lightning strategy and plugins.
+"""Worker side: DDP or ZeRO as Lightning strategies.
 
 Both strategies weight each micro-batch's loss, so that gradients equal those of one process over
 the whole step also where the workers' shares differ by a sample.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
 from ray.train.lightning import RayDDPStrategy, RayDeepSpeedStrategy
 from torch.optim import Optimizer
 
-from orchestrator.config import Precision, Strategy
+from orchestrator.config import Strategy
+from orchestrator.train.precision import Choice
 
 WEIGHTS_FILE = "weights.pt"
 OPTIMIZERS_FILE = "optimizers.pt"
 LossWeight = Callable[[], float]
-LightningPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A setting that was decided for the user, and why."""
-
-    value: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.value}: {self.reason}"
-
-
-def choose_precision(requested: Precision) -> Choice:
-    """Return 32, bf16 or 16: the requested one, or for auto what this hardware gains from.
-
-    CPUs get fp32 even where they have AMX tiles for bf16: without a measurement on the user's model
-    a gain is a guess (a small ResNet at 16 x 16 ran slower under autocast on an AMX machine).
-    """
-    if requested != "auto":
-        return Choice(requested, "asked for")
-    if not torch.cuda.is_available():
-        return Choice("32", "no GPU; on CPUs autocast often costs more than bf16 arithmetic gains")
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return Choice("bf16", f"{torch.cuda.get_device_name()} computes bf16 natively")
-    return Choice(
-        "16", f"{torch.cuda.get_device_name()} has no native bf16; fp16 with loss scaling"
-    )
 
 
 def choose_strategy(requested: Strategy) -> Choice:
@@ -55,12 +26,6 @@ def choose_strategy(requested: Strategy) -> Choice:
     if requested != "auto":
         return Choice(requested, "asked for")
     return Choice("ddp", "fastest where each worker holds the whole model")
-
-
-def lightning_precision(choice: Choice) -> LightningPrecision:
-    """Return Lightning's name of a chosen precision."""
-    names: dict[str, LightningPrecision] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-    return names[choice.value]
 
 
 def read_tensors(path: Path) -> Any:

@@ -28,12 +28,8 @@ from orchestrator.data.source import Placement, split_segment
 from orchestrator.run import append_event
 from orchestrator.train import checkpoint, model
 from orchestrator.train.callback import Recorder, RunFacts
-from orchestrator.train.strategy import (
-    Choice,
-    build_strategy,
-    choose_precision,
-    lightning_precision,
-)
+from orchestrator.train.precision import Choice, choose_precision, lightning_precision
+from orchestrator.train.strategy import build_strategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +60,9 @@ def train_worker(payload: dict[str, Any]) -> None:
         feed = feeds.training_feed(config, index, num_workers=num_workers)
         if step >= feed.batching.num_steps or (resumed and resumed.done == "converged"):
             return
-        precision = choose_precision(config.train.precision)
+        pl.seed_everything(config.seed, verbose=False)
+        module = model.build(config.model, num_classes=len(index.classes))
+        precision = _agree_on_precision(config, module, resumed, rank)
         placement = _placement(job)
         loader = _loader(feed, job, placement, rank=rank, step=step)
         facts = RunFacts(
@@ -85,8 +83,6 @@ def train_worker(payload: dict[str, Any]) -> None:
                 strategy=str(job.strategy),
                 decode_slots=f"{placement.slots}: {placement.reason}",
             )
-        pl.seed_everything(config.seed, verbose=False)
-        module = model.build(config.model, num_classes=len(index.classes))
         if hasattr(module, "total_steps"):
             module.total_steps = feed.batching.num_steps  # type: ignore[assignment]
         trainer = _trainer(job, recorder, loader, precision)
@@ -124,6 +120,23 @@ def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest |
             append_event(job.run, "checkpoint_refused", problem=problem)
     broadcast_from_rank_zero(None)  # nobody reads on before rank 0 has cleared
     return found
+
+
+def _agree_on_precision(
+    config: Config, module: pl.LightningModule, resumed: checkpoint.Manifest | None, rank: int
+) -> Choice:
+    """Let worker 0 choose for all; a resumed run keeps the arithmetic it was started with."""
+    if resumed is not None and config.train.precision == "auto":
+        return Choice(resumed.precision, f"as before the resume at step {resumed.step}")
+    choice = None
+    if rank == 0:
+        data = config.data
+        batch = min(data.max_micro_batch, -(-data.global_batch // config.scaling.num_workers))
+        choice = choose_precision(
+            config.train.precision, module, batch=batch, image_size=data.image_size
+        )
+    agreed: Choice = broadcast_from_rank_zero(choice)
+    return agreed
 
 
 def _placement(job: Job) -> Placement:
@@ -213,7 +226,7 @@ def _trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choice) ->
         devices="auto",
         strategy=build_strategy(job.strategy, loss_weight),
         plugins=[RayLightningEnvironment()],
-        precision=lightning_precision(precision),
+        precision=lightning_precision(precision.value),
         max_epochs=config.train.max_epochs,
         accumulate_grad_batches=loader.batching.accumulation,
         gradient_clip_val=config.train.gradient_clip_norm,

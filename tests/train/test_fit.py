@@ -1,6 +1,7 @@
 """Real runs on a real Ray cluster: two workers, gloo, kills, resumes, bad images."""
 
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from orchestrator.config import (
     UserError,
 )
 from orchestrator.data.index import Index
+from orchestrator.evaluate import evaluate
 from orchestrator.run import read_events
 from orchestrator.train import checkpoint
 from orchestrator.train.launch import RunResult, TrainingFailed, fit
@@ -186,3 +188,22 @@ def test_a_monitor_that_is_never_logged_is_said_in_one_line(data: Index, tmp_pat
     config = replace_train(config, early_stopping=EarlyStoppingConfig(monitor="val_los"))
     with pytest.raises(UserError, match=r"train\.early_stopping\.monitor='val_los'.*val_loss"):
         fit(config)
+
+
+def test_evaluation_counts_every_image_once(
+    data: Index, undisturbed: tuple[Config, RunResult]
+) -> None:
+    run = undisturbed[1].run
+    found = evaluate(run, which="best", split="val")
+    assert (found["samples"], found["unreadable"], found["step"]) == (
+        11, 0, undisturbed[1].best["step"],
+    )  # fmt: skip
+    assert [entry["samples"] for entry in found["classes"]] == [4, 4, 3]
+    # The mean over all images, where the run logged a mean over workers and batches.
+    assert found["loss"] == pytest.approx(undisturbed[1].best["val_loss"], rel=0.02)
+    correct = sum(entry["correct"] for entry in found["classes"])
+    assert found["accuracy"] == correct / 11
+    assert json.loads(Path(run, "evaluation.json").read_text()) == found
+    assert evaluate(run, which="last", split="train")["samples"] == TRAIN
+    with pytest.raises(UserError, match=r"--split='test'.*--test-fraction"):
+        evaluate(run, split="test")
