@@ -40,9 +40,20 @@ def root_cause(error: BaseException) -> BaseException:
     """Return the innermost exception of what Ray, Ray Train or Ray Data raised."""
     failures = getattr(error, "worker_failures", None)
     if failures:
-        return root_cause(next(iter(failures.values())))
-    inner = getattr(error, "cause", None) or error.__cause__
+        causes = [root_cause(failure) for failure in failures.values()]
+        # Where one worker meets a mistake, the others only lose their connection to it.
+        return next((cause for cause in causes if isinstance(cause, UserError)), causes[0])
+    inner = (
+        getattr(error, "cause", None)
+        or getattr(error, "controller_failure", None)
+        or error.__cause__
+    )
     return root_cause(inner) if isinstance(inner, BaseException) else error
+
+
+def sentence(error: BaseException) -> str:
+    """Return an error's own words, without the lines that Ray Data appends to them."""
+    return (str(error).splitlines() or [""])[0]
 
 
 @contextlib.contextmanager
@@ -53,7 +64,7 @@ def user_errors() -> Iterator[None]:
     except RayTaskError as error:
         cause = root_cause(error)
         if isinstance(cause, UserError):
-            raise type(cause)(str(cause)) from error
+            raise type(cause)(sentence(cause)) from error
         raise
 
 

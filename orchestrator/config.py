@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero3"]
 Precision = Literal["auto", "32", "bf16", "16"]
@@ -192,11 +192,28 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
+def known_keys(section: type = Config, prefix: str = "") -> list[str]:
+    """Return every dotted key of a config, sections included."""
+    keys = []
+    for name, hint in get_type_hints(section).items():
+        keys.append(f"{prefix}{name}")
+        inner = section_of(hint)
+        keys += known_keys(inner, f"{prefix}{name}.") if inner else []
+    return keys
+
+
+def section_of(hint: Any) -> type | None:
+    """Return the dataclass that a field's type names, if any."""
+    options = (hint, *get_args(hint))
+    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
 def unknown_key_message(key: str, known: list[str]) -> str:
     """Return the sentence for a config key that does not exist, with the nearest valid one."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    every = [k for k in known_keys() if not key.startswith(f"{k}.")]
     leaf = key.rsplit(".", 1)[-1]
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+    near = [k for k in every if k.rsplit(".", 1)[-1] == leaf][:1]
+    near = near or difflib.get_close_matches(key, every, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(known)}."
     return f"config key {key!r} does not exist: {hint}"
 

@@ -17,7 +17,7 @@ import pydantic
 import yaml
 
 from orchestrator import storage
-from orchestrator.config import Config, UserError, to_dict, unknown_key_message
+from orchestrator.config import Config, UserError, section_of, to_dict, unknown_key_message
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,38 +89,37 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     Raises:
         UserError: a key does not exist or a value does not fit its field.
     """
-    _check_keys(Config, tree, "")
+    known = _known(Config, tree, "")
     try:
-        return pydantic.TypeAdapter(Config).validate_python(tree)
+        return pydantic.TypeAdapter(Config).validate_python(known)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"config key {key!r}: {first['msg'].lower()}, but it is {first['input']!r}."
+            f"config key {key!r}: {first['msg'].lower()}, but it is {first['input']!r}; change it "
+            "(`orchestrator train --help` describes every key)."
         ) from error
 
 
-def _check_keys(section: type, tree: Mapping[str, Any], prefix: str) -> None:
+def _known(section: type, tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return `tree` if all its keys exist, with `precision: 32` read as the word "32"."""
     known = _fields(section)
+    checked = dict(tree)
     for key, value in tree.items():
         if key not in known:
             names = [f"{prefix}{name}" for name in known]
             raise UserError(unknown_key_message(f"{prefix}{key}", names))
-        inner = _section_of(known[key])
+        inner = section_of(known[key])
         if inner is not None and isinstance(value, Mapping):
-            _check_keys(inner, value, f"{prefix}{key}.")
+            checked[key] = _known(inner, value, f"{prefix}{key}.")
+        elif str(value) in get_args(known[key]):
+            checked[key] = str(value)
+    return checked
 
 
 def _fields(section: type) -> dict[str, Any]:
     hints = get_type_hints(section)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
-
-
-def _section_of(hint: Any) -> type | None:
-    for option in (hint, *get_args(hint)):
-        if isinstance(option, type) and dataclasses.is_dataclass(option):
-            return option
-    return None
 
 
 def dump(config: Config) -> str:
@@ -133,7 +132,7 @@ def help_text(section: type = Config, prefix: str = "") -> str:
     docs = _field_docs(section)
     lines = []
     for field in dataclasses.fields(section):
-        inner = _section_of(_fields(section)[field.name])
+        inner = section_of(_fields(section)[field.name])
         if inner is not None:
             lines.append(help_text(inner, f"{prefix}{field.name}."))
         else:

@@ -1,5 +1,6 @@
 """A run's folder under `storage_path`: its config, events and result, each written atomically."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -28,18 +29,22 @@ def open_run(config: Config) -> str:
     Raises:
         UserError: the folder belongs to a run with another config, or cannot be written.
     """
+    check_same_run(config)
     run = run_uri(config)
-    location = storage.join(run, CONFIG_FILE)
-    if storage.exists(location):
-        _check_same(run, read_config(run), config)
-    else:
-        storage.check_writable(run)
-    storage.write_atomic(location, configfile.dump(config).encode())
+    storage.write_atomic(storage.join(run, CONFIG_FILE), configfile.dump(config).encode())
     return run
 
 
-def _check_same(run: str, old: Config, new: Config) -> None:
-    before, after = identity(old), identity(new)
+def check_same_run(config: Config) -> None:
+    """Check that the run's folder, where there is one, was made by this config; write nothing.
+
+    Raises:
+        UserError: it belongs to a run with another config.
+    """
+    run = run_uri(config)
+    if not storage.exists(storage.join(run, CONFIG_FILE)):
+        return
+    before, after = identity(read_config(run)), identity(config)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     if changed:
         key = changed[0]
@@ -72,22 +77,24 @@ def append_event(run: str, kind: str, **fields: Any) -> None:
         old = storage.read_bytes(location) if storage.exists(location) else b""
         storage.write_atomic(location, old + line.encode())
         return
-    descriptor = os.open(
-        storage.local_path(location), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
-    )
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    with storage.local_path(location).open("ab+", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            # A line that a kill cut off must not swallow this one.
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(line.encode())
 
 
 def read_events(run: str) -> list[dict[str, Any]]:
-    """Return all events in order; a last line that a kill cut off is left out."""
+    """Return all events in order; a line that a kill cut off is left out."""
     location = storage.join(run, EVENTS_FILE)
     if not storage.exists(location):
         return []
-    complete = storage.read_bytes(location).decode().split("\n")[:-1]
-    return [json.loads(line) for line in complete if line.endswith("}")]
+    events = []
+    for line in storage.read_bytes(location).decode().split("\n")[:-1]:
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return events
 
 
 def write_result(run: str, result: Mapping[str, Any]) -> None:

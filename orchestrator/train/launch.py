@@ -15,12 +15,35 @@ from ray.train.torch import TorchTrainer
 
 from orchestrator import cluster, progress, storage
 from orchestrator.config import Config, UserError
-from orchestrator.run import append_event, open_run, read_events, read_result, run_uri, write_result
+from orchestrator.run import (
+    append_event,
+    check_same_run,
+    open_run,
+    read_events,
+    read_result,
+    run_uri,
+    write_result,
+)
 from orchestrator.train import checkpoint, preflight
-from orchestrator.train.strategy import Choice, choose_strategy
+from orchestrator.train.precision import Choice
+from orchestrator.train.strategy import choose_strategy
 from orchestrator.train.worker import Job, train_worker
 
 ERROR_FILE = "error.txt"
+
+
+class _StopAtMistakes(ray.train.UserCallback):  # type: ignore[misc]
+    """Ends a run at a mistake of the user's, which another start would only meet again.
+
+    What storage refuses is no such mistake: it may have passed by the next start.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the mistake: Ray Train's controller does not retry what its callbacks raise."""
+        for error in worker_exceptions.values():
+            cause = cluster.root_cause(error)
+            if isinstance(cause, UserError) and not isinstance(cause, storage.StorageError):
+                raise UserError(cluster.sentence(cause))
 
 
 class TrainingFailed(RuntimeError):
@@ -57,6 +80,7 @@ def check(config: Config) -> Choice:
     index = preflight.check_data(config)
     preflight.check_model(config, index)
     strategy = choose_strategy(config.train.strategy)
+    check_same_run(config)
     preflight.check_checkpoints(config, index, run_uri(config), strategy)
     return strategy
 
@@ -82,16 +106,18 @@ def fit(
         UserError: the config cannot work; nothing was started.
         TrainingFailed: training ended by an error; the run can be resubmitted.
     """
+    preflight.check_config(config)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, index=storage.absolute(config.data.index))
     )
     strategy = check(config)
-    run = open_run(config)
+    run = run_uri(config)
     if preflight.is_finished(config, run):
         return RunResult(run, read_result(run) or _write_result(run, config, wall_s=0.0))
     cluster.connect(verbose=verbose)
     resources = preflight.cluster_resources()
     preflight.check_resources(config, resources, may_grow=cluster.may_grow())
+    open_run(config)
     workers = config.scaling.num_workers
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
     began = time.monotonic()
@@ -136,7 +162,7 @@ def _run_trainer(job: Job, *, verbose: bool, callbacks: Sequence[ray.train.UserC
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=job.config.train.max_failures),
-            callbacks=list(callbacks),
+            callbacks=[_StopAtMistakes(), *callbacks],
         ),
     )
     with _explained(job.run):
@@ -152,10 +178,10 @@ def _explained(run: str) -> Any:
         cause = cluster.root_cause(error)
         trace = "".join(traceback.format_exception(error))
         storage.write_atomic(storage.join(run, ERROR_FILE), trace.encode())
-        line = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        line = f"{type(cause).__name__}: {cluster.sentence(cause)}"
         append_event(run, "failed", error=line)
         if isinstance(cause, UserError):
-            raise UserError(str(cause)) from error
+            raise UserError(cluster.sentence(cause)) from error
         raise TrainingFailed(
             f"training failed: {line} (trace: {storage.join(run, ERROR_FILE)}); submit the same "
             "command again to go on from the last checkpoint."

@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import traceback
 from typing import Any
 
 import pytorch_lightning as pl
@@ -34,10 +35,10 @@ def find_class(class_path: str) -> type[pl.LightningModule]:
     module_name, _, class_name = class_path.rpartition(".")
     try:
         module = importlib.import_module(module_name) if module_name else None
-    except ImportError as error:
+    except Exception as error:  # the user's module runs here and may raise anything
         raise UserError(
-            f"model.class_path={class_path!r} does not import ({error}); check the spelling, and "
-            "that its package is installed or lies where the command is run."
+            f"model.class_path={class_path!r} does not import ({_describe(error)}); check the "
+            "spelling, and that its package is installed or lies where the command is run."
         ) from error
     found = getattr(module, class_name, None)
     if found is None:
@@ -86,4 +87,22 @@ def build(model: ModelConfig, *, num_classes: int) -> pl.LightningModule:
     Raises:
         UserError: see `find_class` and `init_args`; also what the constructor itself refuses.
     """
-    return find_class(model.class_path)(**init_args(model, num_classes=num_classes))
+    args = init_args(model, num_classes=num_classes)
+    try:
+        return find_class(model.class_path)(**args)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"model.init_args={model.init_args!r}: {model.class_path} refuses them "
+            f"({_describe(error)}); change them."
+        ) from error
+
+
+def _describe(error: Exception) -> str:
+    """Return the error's type, its first line and where it was raised."""
+    line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, ModuleNotFoundError):
+        return line
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {line}, {frame.filename} line {frame.lineno}"

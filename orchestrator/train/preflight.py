@@ -10,7 +10,7 @@ from orchestrator.config import Config, UserError
 from orchestrator.data.index import Index, read_index, verify
 from orchestrator.train import checkpoint, model
 from orchestrator.train.module import ImageClassifier
-from orchestrator.train.strategy import Choice
+from orchestrator.train.precision import Choice
 
 
 def check_config(config: Config) -> None:
@@ -20,8 +20,10 @@ def check_config(config: Config) -> None:
         UserError: a field's value cannot work.
     """
     data, train, scaling = config.data, config.train, config.scaling
+    stopping = train.early_stopping
     inside = ".." not in config.name.split("/") and not config.name.startswith("/")
-    _require("name", config.name, config.name and inside, "must be a folder name, e.g. my-run")
+    rule = "must be a folder name; choose one such as my-run"
+    _require("name", config.name, config.name and inside, rule)
     _require("data.index", data.index, data.index, "must name what `orchestrator pack --out` wrote")
     for key, value in (
         ("data.global_batch", data.global_batch),
@@ -29,12 +31,22 @@ def check_config(config: Config) -> None:
         ("data.eval_batch", data.eval_batch),
         ("data.image_size", data.image_size),
         ("data.window_chunks", data.window_chunks),
-        ("data.decode_slots", 1 if data.decode_slots is None else data.decode_slots),
+        ("data.decode_slots", data.decode_slots),
         ("train.max_epochs", train.max_epochs),
         ("train.checkpoint.keep", train.checkpoint.keep),
+        ("train.checkpoint.every_steps", train.checkpoint.every_steps),
+        ("train.early_stopping.patience", stopping.patience if stopping else None),
         ("scaling.num_workers", scaling.num_workers),
     ):
-        _require(key, value, value >= 1, "must be at least 1")
+        _require(key, value, value is None or value >= 1, "must be at least 1; raise it")
+    for key, number in (
+        ("train.checkpoint.every_seconds", train.checkpoint.every_seconds),
+        ("train.gradient_clip_norm", train.gradient_clip_norm),
+        ("scaling.cpus_per_worker", scaling.cpus_per_worker),
+    ):
+        _require(key, number, number is None or number > 0, "must be above 0; raise it")
+    gpus = scaling.gpus_per_worker
+    _require("scaling.gpus_per_worker", gpus, gpus >= 0, "must be at least 0; raise it")
     low, high = data.crop_scale
     rule = "must be two ascending shares above 0 and up to 1, e.g. [0.08, 1.0]"
     _require("data.crop_scale", [low, high], 0 < low <= high <= 1, rule)
@@ -45,7 +57,7 @@ def check_config(config: Config) -> None:
     rule = "must be a share above 0 and up to 1, e.g. 0.875"
     _require("data.eval_crop", data.eval_crop, 0 < data.eval_crop <= 1, rule)
     _require("data.std", list(data.std), min(data.std) > 0, "must be above 0, e.g. 0.225 each")
-    rule = f"must be at least scaling.num_workers={scaling.num_workers}, or workers get no sample"
+    rule = f"must be at least scaling.num_workers={scaling.num_workers}; raise it or lower that"
     enough = data.global_batch >= scaling.num_workers
     _require("data.global_batch", data.global_batch, enough, rule)
 
