@@ -40,6 +40,8 @@ WITHOUT_RAY_AND_TORCH = (
     "plots.py",
     "data/index.py",
     "data/plan.py",
+    "data/crop.py",
+    "data/decode.py",
     "data/stream.py",
     "templates.py",
 )

@@ -6,7 +6,7 @@ order raise and are never trained on.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -181,7 +181,7 @@ class Loader:
         """Return the next `steps` steps as a sized iterable for Lightning's loops."""
         return Pass(self, steps * self.batching.accumulation)
 
-    def _all_batches(self) -> Iterator[MicroBatch]:
+    def _all_batches(self) -> Generator[MicroBatch, None, None]:
         while self._step < self.batching.num_steps:
             blocks, stop_step = self._open_segment(self._step)
             micro = self._step * self.batching.micro_batches + self._rank
@@ -197,6 +197,11 @@ class Loader:
             raise WrongOrderError(
                 f"worker {self._rank} ran out of blocks before the run's last step."
             )
+        if batch.micro >= self.batching.num_steps * self.batching.micro_batches - (
+            self.batching.num_workers
+        ):
+            # The last one: let Ray Data see the end of its blocks, and clean up while Ray lives.
+            next(self._batches, None)
         good = len(batch.ids)
         self.current = Current(batch, self.batching.loss_weight(batch.micro, good), good)
         if good:
@@ -206,6 +211,10 @@ class Loader:
         return self._to_device(
             dataclasses.replace(batch, pixels=self._stand_in, labels=self._stand_in_labels, ids=ids)
         )
+
+    def close(self) -> None:
+        """Stop reading. Ray Data's iterator tells its coordinator, so Ray must still be up."""
+        self._batches.close()
 
 
 class Pass:

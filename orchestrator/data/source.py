@@ -12,7 +12,14 @@ from collections.abc import Iterable
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import DataContext, DataIterator, Datasource, ExecutionResources, ReadTask
+from ray.data import (
+    DataContext,
+    DataIterator,
+    Datasource,
+    ExecutionResources,
+    ReadTask,
+    TaskPoolStrategy,
+)
 from ray.data.block import BlockMetadata
 
 from orchestrator.data import plan
@@ -130,8 +137,8 @@ def split_segment(
     dataset = ray.data.read_datasource(
         source,
         override_num_blocks=len(tasks),
-        concurrency=placement.slots,
-        ray_remote_args={"num_cpus": placement.cpus, "max_retries": -1},
+        compute=TaskPoolStrategy(size=placement.slots),
+        num_cpus=placement.cpus,
     )
     _tune(dataset.context, feed, placement, tasks)
     iterators: list[DataIterator] = dataset.streaming_split(feed.batching.num_workers, equal=True)

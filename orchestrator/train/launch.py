@@ -165,8 +165,11 @@ def _run_trainer(job: Job, *, verbose: bool, callbacks: Sequence[ray.train.UserC
             callbacks=[_StopAtMistakes(), *callbacks],
         ),
     )
-    with _explained(job.run):
-        trainer.fit()
+    try:
+        with _explained(job.run):
+            trainer.fit()
+    finally:
+        storage.delete_folder(storage.join(job.run, "ray"))
 
 
 @contextlib.contextmanager

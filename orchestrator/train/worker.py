@@ -89,7 +89,12 @@ def train_worker(payload: dict[str, Any]) -> None:
         validation = (
             _validation_loader(job, placement.beside(), rank) if "val" in index.splits else None
         )
-        trainer.fit(module, datamodule=_Batches(recorder, loader, validation))
+        try:
+            trainer.fit(module, datamodule=_Batches(recorder, loader, validation))
+        finally:
+            loader.close()
+            if validation is not None:
+                validation.close()
 
 
 def _prepare_process(job: Job) -> None:

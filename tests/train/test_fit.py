@@ -54,7 +54,10 @@ def make_config(
         ),
         model=ModelConfig(class_path=f"modules.{module}", init_args=dict(init_args)),
         train=TrainConfig(
-            max_epochs=EPOCHS, checkpoint=CheckpointConfig(every_steps=2), max_failures=0
+            max_epochs=EPOCHS,
+            precision="32",
+            checkpoint=CheckpointConfig(every_steps=2),
+            max_failures=0,
         ),
         scaling=ScalingConfig(num_workers=workers),
     )

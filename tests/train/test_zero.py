@@ -42,6 +42,7 @@ def make_config(index: Index, folder: Path, strategy: Strategy) -> Config:
         ),
         train=TrainConfig(
             max_epochs=2,
+            precision="32",
             strategy=strategy,
             checkpoint=CheckpointConfig(every_steps=3),
             max_failures=0,
