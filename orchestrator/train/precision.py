@@ -36,6 +36,8 @@ def choose_precision(
     timed in both, because small networks get slower: a ResNet-18 at 112 pixels ran 2.4x as fast in
     bf16 on such a machine, a small one at 16 pixels 0.86x.
     """
+    if requested == "16" and not torch.cuda.is_available():
+        return Choice("bf16", "16 was asked for, but PyTorch computes fp16 on GPUs only")
     if requested != "auto":
         return Choice(requested, "asked for")
     if torch.cuda.is_available():

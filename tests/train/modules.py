@@ -81,12 +81,18 @@ class FailsOnce(_Once):
 
 
 class NoDropout(FailsOnce):
-    """Neither dropout nor batch norm: what it learns does not depend on the world size."""
+    """Neither dropout nor batch norm: what it learns does not depend on the world size.
+
+    It learns by plain SGD, which shows a wrongly scaled gradient; Adam would hide it.
+    """
 
     def __init__(self, num_classes: int, marker: str, at_step: int, lr: float = 0.01) -> None:
         super().__init__(num_classes, marker, at_step, lr)
         self.net[1] = nn.Identity()
         self.net[5] = nn.Identity()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
 
 
 class NeverImproves(UserModule):
