@@ -51,7 +51,7 @@ def tune(argv: Sequence[str]) -> int:
 
     result = sweep.search(config, verbose=verbose)
     _say(sweep.format_table(result))
-    return 0
+    return 0 if result.best is not None else 1
 
 
 def pack(argv: Sequence[str]) -> int:
@@ -189,6 +189,8 @@ def _help() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the user's mistakes become one line and exit code 2."""
+    # Read when Ray is imported: its own log lines are folded away, this one slips through.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:
         # A console script's own folder comes first; the user's module lies where it is called.

@@ -84,7 +84,7 @@ class CheckpointConfig:
 
     every_steps: int | None = None
     """Commit every this many steps."""
-    every_seconds: float | None = 600
+    every_seconds: float | None = 600.0
     """Commit when this many seconds have passed since the last commit."""
     keep: int = 2
     """Most recent checkpoints kept, besides the best one."""
@@ -118,9 +118,9 @@ class ScalingConfig:
 
     num_workers: int = 1
     """Ray Train workers (processes that hold a copy or a shard of the model)."""
-    cpus_per_worker: float = 1
+    cpus_per_worker: float = 1.0
     """CPUs reserved for each worker."""
-    gpus_per_worker: float = 0
+    gpus_per_worker: float = 0.0
     """GPUs reserved for each worker."""
 
 

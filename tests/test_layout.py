@@ -43,6 +43,9 @@ WITHOUT_RAY_AND_TORCH = (
     "data/crop.py",
     "data/decode.py",
     "data/stream.py",
+    "tune/results.py",
+    "tune/rungs.py",
+    "tune/space.py",
     "templates.py",
 )
 MAX_LINES = 300

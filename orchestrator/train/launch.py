@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 import traceback
@@ -11,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from orchestrator import cluster, progress, storage
@@ -25,25 +27,12 @@ from orchestrator.run import (
     write_result,
 )
 from orchestrator.train import checkpoint, preflight
+from orchestrator.train.mistakes import StopAtMistakes
 from orchestrator.train.precision import Choice
 from orchestrator.train.strategy import choose_strategy
 from orchestrator.train.worker import Job, train_worker
 
 ERROR_FILE = "error.txt"
-
-
-class _StopAtMistakes(ray.train.UserCallback):  # type: ignore[misc]
-    """Ends a run at a mistake of the user's, which another start would only meet again.
-
-    What storage refuses is no such mistake: it may have passed by the next start.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the mistake: Ray Train's controller does not retry what its callbacks raise."""
-        for error in worker_exceptions.values():
-            cause = cluster.root_cause(error)
-            if isinstance(cause, UserError) and not isinstance(cause, storage.StorageError):
-                raise UserError(cluster.sentence(cause))
 
 
 class TrainingFailed(RuntimeError):
@@ -147,9 +136,12 @@ def _board(*, show: bool) -> Any:
 def _run_trainer(job: Job, *, verbose: bool, callbacks: Sequence[ray.train.UserCallback]) -> None:
     scaling = job.config.scaling
     filesystem, path = storage.arrow_filesystem(storage.join(job.run, "ray"))
+    # The controller takes one report a poll: at Ray's 2 s, no epoch would be shorter than that.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        # As bytes: the controller would import Lightning (8 s) only to hand the job on.
+        train_loop_config={"job": cloudpickle.dumps(job)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.gpus_per_worker > 0,
@@ -162,7 +154,7 @@ def _run_trainer(job: Job, *, verbose: bool, callbacks: Sequence[ray.train.UserC
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=job.config.train.max_failures),
-            callbacks=[_StopAtMistakes(), *callbacks],
+            callbacks=[StopAtMistakes(), *callbacks],
         ),
     )
     try:

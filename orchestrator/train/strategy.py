@@ -46,6 +46,17 @@ class ModelStrategy(Protocol):
         """Read back what `save_shards` of the same number of workers wrote."""
 
 
+def _exact(tensor: Any, reduce_op: Any) -> Any:
+    """Return what is to be averaged as floats.
+
+    `self.log(..., sync_dist=True)` averages the workers' sample counts as integers: workers with 5
+    and 6 samples gave 5 in place of 5.5, and a val_loss 10 % too high (Lightning 2.6.6).
+    """
+    if reduce_op in ("mean", "avg") and isinstance(tensor, torch.Tensor):
+        return tensor if torch.is_floating_point(tensor) else tensor.double()
+    return tensor
+
+
 class DDPStrategy(RayDDPStrategy):  # type: ignore[misc]
     """Ray's DDP with weighted losses."""
 
@@ -60,6 +71,11 @@ class DDPStrategy(RayDDPStrategy):  # type: ignore[misc]
         weighted = closure_loss * self._loss_weight()
         loss: torch.Tensor = super().backward(weighted, optimizer, *args, **kwargs)
         return loss
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> torch.Tensor:
+        """Reduce over the workers; means of whole numbers are exact."""
+        reduced: torch.Tensor = super().reduce(_exact(tensor, reduce_op), group, reduce_op)
+        return reduced
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the module's state dict: every worker holds it."""
@@ -121,6 +137,11 @@ class ZeroStrategy(RayDeepSpeedStrategy):  # type: ignore[misc]
         weighted = closure_loss * (self._loss_weight() * accumulation)
         loss: torch.Tensor = super().backward(weighted, optimizer, *args, **kwargs)
         return loss
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> torch.Tensor:
+        """Reduce over the workers; means of whole numbers are exact."""
+        reduced: torch.Tensor = super().reduce(_exact(tensor, reduce_op), group, reduce_op)
+        return reduced
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the whole model's weights, gathered from the workers under ZeRO 3."""

@@ -15,6 +15,7 @@ import ray.train
 import ray.train.torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import TensorBoardLogger
+from ray import cloudpickle
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.lightning import RayLightningEnvironment, prepare_trainer
 
@@ -49,7 +50,7 @@ class Job:
 
 def train_worker(payload: dict[str, Any]) -> None:
     """Train until the run converges or reaches its last epoch; resume where it was committed."""
-    job: Job = payload["job"]
+    job: Job = cloudpickle.loads(payload["job"])
     _prepare_process(job)
     config, rank = job.config, ray.train.get_context().get_world_rank()
     num_workers = ray.train.get_context().get_world_size()
@@ -133,15 +134,17 @@ def _agree_on_precision(
     """Let worker 0 choose for all; a resumed run keeps the arithmetic it was started with."""
     if resumed is not None and config.train.precision == "auto":
         return Choice(resumed.precision, f"as before the resume at step {resumed.step}")
-    choice = None
+    choice: tuple[str, str] | None = None
     if rank == 0:
         data = config.data
         batch = min(data.max_micro_batch, -(-data.global_batch // config.scaling.num_workers))
-        choice = choose_precision(
-            config.train.precision, module, batch=batch, image_size=data.image_size
+        # Plain words: the actor that passes them on would import Lightning for a Choice.
+        choice = dataclasses.astuple(
+            choose_precision(
+                config.train.precision, module, batch=batch, image_size=data.image_size
+            )
         )
-    agreed: Choice = broadcast_from_rank_zero(choice)
-    return agreed
+    return Choice(*broadcast_from_rank_zero(choice))
 
 
 def _placement(job: Job) -> Placement:

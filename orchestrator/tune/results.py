@@ -76,17 +76,24 @@ class Ledger:
         tune: the config's section.
         rows: all trials, with what an earlier start left of them.
         say: shows a line to a person.
+        wall_s: how long earlier starts took.
     """
 
     def __init__(
-        self, sweep: str, tune: TuneConfig, rows: Sequence[Row], say: Callable[[str], None]
+        self,
+        sweep: str,
+        tune: TuneConfig,
+        rows: Sequence[Row],
+        say: Callable[[str], None],
+        *,
+        wall_s: float = 0.0,
     ) -> None:
         self.metric = tune.metric
         self._sweep = sweep
         self._tune = tune
         self._rows = {row.trial: row for row in rows}
         self._say = say
-        self._began = time.monotonic()
+        self._began = time.monotonic() - wall_s
 
     @property
     def result(self) -> SweepResult:
@@ -153,14 +160,23 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def read_sweep(sweep: str) -> tuple[dict[str, Any], list[Row], float] | None:
-    """Return the `tune` section, the rows and the wall time of a sweep's folder, if it has any."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """What an earlier start of a sweep wrote down."""
+
+    tune: dict[str, Any]
+    rows: tuple[Row, ...]
+    wall_s: float
+
+
+def read_sweep(sweep: str) -> Earlier | None:
+    """Return what a sweep's folder holds, or None where it holds no sweep."""
     location = storage.join(sweep, SWEEP_FILE)
     if not storage.exists(location):
         return None
     content = json.loads(storage.read_bytes(location))
-    rows = [Row(**{**row, "curve": _curve(row["curve"])}) for row in content["trials"]]
-    return content["tune"], rows, float(content["wall_s"])
+    rows = tuple(Row(**{**row, "curve": _curve(row["curve"])}) for row in content["trials"])
+    return Earlier(tune=content["tune"], rows=rows, wall_s=float(content["wall_s"]))
 
 
 def _curve(points: list[list[Any]]) -> tuple[tuple[int, float], ...]:

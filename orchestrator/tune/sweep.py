@@ -14,11 +14,11 @@ from ray.tune.error import TuneError
 
 from orchestrator import cluster, storage
 from orchestrator.config import Config, TuneConfig, UserError
-from orchestrator.run import append_event, open_run, run_uri
+from orchestrator.run import append_event, check_same_run, open_run, run_uri
 from orchestrator.train import launch, preflight
 from orchestrator.tune import results, space
 from orchestrator.tune.mailbox import start_mailbox
-from orchestrator.tune.results import Ledger, Row, SweepResult, format_table
+from orchestrator.tune.results import Earlier, Ledger, Row, SweepResult, format_table
 from orchestrator.tune.rungs import Rungs
 from orchestrator.tune.schedulers import EarlyStoppingAsha
 from orchestrator.tune.trial import Plan, run_trial
@@ -44,23 +44,30 @@ def search(
     Raises:
         UserError: the sweep cannot work, or its folder belongs to another one.
     """
+    preflight.check_config(config)
     config = _absolute(config)
     tune = space.check_tune(config)
     points = space.points(config)
     configs = [space.trial_config(config, p, trial=i) for i, p in enumerate(points)]
+    sweep = run_uri(config)
+    check_same_run(config)
+    earlier = results.read_sweep(sweep)
+    rows = [
+        Row(trial=i, overrides=point, run=run_uri(trial))
+        for i, (point, trial) in enumerate(zip(points, configs, strict=True))
+    ]
+    if earlier is not None:
+        rows = _kept(earlier, rows, tune, sweep)
+    ledger = Ledger(sweep, tune, rows, say, wall_s=earlier.wall_s if earlier else 0.0)
+    if ledger.result.finished:
+        say(f"{sweep} holds this sweep, finished; nothing is trained again.")
+        return ledger.result
     for trial in configs:
         launch.check(trial)
-    sweep = run_uri(config)
-    rows = _rows(sweep, tune, points, configs)
-    done = _finished(sweep, tune, rows)
-    open_run(config)
-    if done is not None:
-        say(f"{sweep} holds this sweep, finished; nothing is trained again.")
-        return done
     cluster.connect(verbose=verbose)
     concurrent = _count_concurrent(tune, configs, say)
+    open_run(config)
     append_event(sweep, "sweep", trials=len(rows), concurrent=concurrent)
-    ledger = Ledger(sweep, tune, rows, say)
     ledger.write()
     _run_trials(ledger, tune, configs, concurrent=concurrent, verbose=verbose)
     ledger.write()
@@ -76,28 +83,19 @@ def _absolute(config: Config) -> Config:
     )
 
 
-def _rows(
-    sweep: str, tune: TuneConfig, points: Sequence[space.Point], configs: Sequence[Config]
-) -> list[Row]:
-    """Return a row for each trial: what an earlier start left of it, or an empty one."""
-    rows = [
-        Row(trial=i, overrides=point, run=run_uri(trial))
-        for i, (point, trial) in enumerate(zip(points, configs, strict=True))
-    ]
-    found = results.read_sweep(sweep)
-    if found is None:
-        return rows
-    before, old, _ = found
+def _kept(earlier: Earlier, rows: list[Row], tune: TuneConfig, sweep: str) -> list[Row]:
+    """Return the rows with what an earlier start of this sweep left of them."""
     for key in ("metric", "mode"):
-        if before[key] != getattr(tune, key):
-            raise _foreign(sweep, f"tune.{key}", before[key], getattr(tune, key))
-    for was, row in zip(old, rows, strict=False):
+        if earlier.tune[key] != getattr(tune, key):
+            raise _foreign(sweep, f"tune.{key}", earlier.tune[key], getattr(tune, key))
+    kept = list(rows)
+    for was, row in zip(earlier.rows, rows, strict=False):
         if was.overrides != row.overrides:
             raise _foreign(sweep, f"trial {row.trial}", was.overrides, row.overrides)
-    # A failure may be mended by now, and a trial that did not end goes on from its run.
-    ended = [dataclasses.replace(r, run=n.run) for r, n in zip(old, rows, strict=False)]
-    kept = {row.trial: row for row in ended if row.reason not in (None, "failed")}
-    return [kept.get(row.trial, row) for row in rows]
+        # A failure may be mended by now, and a trial that did not end goes on from its run.
+        if was.reason not in (None, "failed"):
+            kept[row.trial] = dataclasses.replace(was, run=row.run)
+    return kept
 
 
 def _foreign(sweep: str, key: str, was: Any, now: Any) -> UserError:
@@ -105,15 +103,6 @@ def _foreign(sweep: str, key: str, was: Any, now: Any) -> UserError:
         f"{sweep} belongs to another sweep: {key} was {was!r} and is now {now!r}; give this sweep "
         "another --name, or take the change back."
     )
-
-
-def _finished(sweep: str, tune: TuneConfig, rows: list[Row]) -> SweepResult | None:
-    found = results.read_sweep(sweep)
-    wall_s = found[2] if found else 0.0
-    result = SweepResult(
-        sweep=sweep, metric=tune.metric, mode=tune.mode, rows=tuple(rows), wall_s=wall_s
-    )
-    return result if result.finished else None
 
 
 def _count_concurrent(

@@ -109,5 +109,5 @@ def _outcome(training: "concurrent.futures.Future[launch.RunResult]", mail: Mail
         run = training.result()
         return Ended(_REASONS[run.stop_reason], "", run.best, int(run.result["epochs"]))
     told = isinstance(error, UserError | launch.TrainingFailed)
-    line = (str(error).splitlines() or [""])[0]
+    line = cluster.sentence(error)
     return Ended("failed", line if told else f"{type(error).__name__}: {line}")
