@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ data: {{index: {root}/data, global_batch: 8, image_size: 8}}
 model: {{init_args: {{arch: tiny_resnet}}}}
 train: {{max_epochs: 1}}
 """
-Refused = Callable[..., str]
+Refused = Callable[..., None]
 
 
 @pytest.fixture
@@ -36,27 +37,23 @@ def config(tmp_path: Path) -> str:
     return str(file)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.fixture
 def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
     """Return a function that runs a command and checks how it is refused."""
 
-    def check(*argv: str, match: str) -> str:
-        before = files(tmp_path)
+    def check(*argv: str, match: str) -> None:
+        before = contents(tmp_path)
         capfd.readouterr()
         assert main(argv) == 2
         out, err = capfd.readouterr()
-        assert re.fullmatch(r"error: .*\.\n", err), err
+        assert re.fullmatch(r"error: .*[.?]\n", err), err
         assert re.search(match, err), err
         assert out == ""
-        assert files(tmp_path) == before
-        assert not (tmp_path / "runs" / "first").exists() or before.keys() & {
-            f"{tmp_path}/runs/first/config.yaml"
-        }
-        return err
+        assert contents(tmp_path) == before
 
     return check
 
@@ -81,11 +78,8 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("--train.precision 64", r"'train\.precision': input should be 'auto', '32'.*64; change"),
         ("--data.global_batch", r"--data\.global_batch needs a value: --data\.global_batch VALUE"),
         ("data.global_batch 8", r"argument 'data\.global_batch' is not of the form --section\.fi"),
-        ("--data.index ''", r"data\.index='' must name what `orchestrator pack --out` wrote\."),
-        (
-            "--data.index /no/such/place",
-            r"/no/such/place holds no INDEX\.json, .*run `orchestrator",
-        ),
+        ("--data.index '\"\"'", r"data\.index='' must name what `orchestrator pack --out` wrote\."),
+        ("--data.index /no/such/place", r"/no/such/place holds no INDEX\.json, .*run `orch"),
         ("--data.index gs://bucket/x", r"gs://bucket/x: the scheme 'gs' is not supported; use s3"),
         ("--name ../first", r"name='\.\./first' must be a folder name; choose one such as my-run"),
         ("--model.class_path no.such.Net", r"'no\.such\.Net' does not import \(No module named"),
@@ -101,7 +95,7 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
 def test_a_setting_that_cannot_work_is_refused(
     config: str, refused: Refused, flags: str, match: str
 ) -> None:
-    refused("train", "--config", config, *(f.strip("'") for f in flags.split(" ")), match=match)
+    refused("train", "--config", config, *shlex.split(flags), match=match)
 
 
 @pytest.mark.parametrize(
@@ -120,23 +114,16 @@ def test_a_config_file_that_cannot_be_read_is_refused(
     refused("train", "--config", str(tmp_path / "broken.yaml"), match=match)
 
 
-def test_a_config_file_that_is_not_there_is_named(tmp_path: Path, refused: Refused) -> None:
-    refused("train", "--config", f"{tmp_path}/no.yaml", match=r"cannot read .*/no\.yaml: there is")
-
-
 @pytest.mark.parametrize(
     ("argv", "match"),
     [
         ("trian", r"orchestrator has no command 'trian'; it has pack, train"),
         ("evaluate", r"orchestrator evaluate: the following arguments are required: --run; see"),
         ("evaluate --run x --checkpoint first", r"--checkpoint: invalid choice: 'first' \(choose"),
-        (
-            "evaluate --run {root}/data",
-            r"/data holds no config\.yaml, so it is no run; check --run",
-        ),
+        ("evaluate --run {root}/data", r"/data holds no config\.yaml, so it is no run; check"),
         ("report --run {root}/none", r"/none holds no config\.yaml, so it is no run; check --run"),
         ("report --run", r"orchestrator report: argument --run: expected one argument; see"),
-        ("pack --source {root}/none --out {root}/o", r"--source .*/none holds nothing"),
+        ("pack --source {root}/none --out {root}/o", r"--source .*/none is no folder; check"),
         ("pack --source a --out b --val-fraction x", r"--val-fraction: invalid float value: 'x'"),
         ("pack --source a --out b --val-fraction 1", r"--val-fraction must be .* but it is 1\.0"),
     ],
@@ -275,7 +262,7 @@ def test_a_shard_without_a_column_ends_a_run_at_once(
     drop_column(tmp_path / "data", "label")
     assert main(["train", "--config", config]) == 2
     out, err = capfd.readouterr()
-    *progress, last = err.splitlines()
+    last = err.splitlines()[-1]
     assert re.fullmatch(r"error: .*\.parquet has no column 'label'; pack the data again\.", last)
     assert "Traceback" not in out + err
     events = run.read_events(f"{tmp_path}/runs/first")
