@@ -81,7 +81,7 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clocks: what came before is start-up."""
-        self._pace.start(self.step)
+        self._pace.start()
         self._schedule.restart(self.step)
         if trainer.global_rank == 0:
             append_event(self._facts.run, "training", step=self.step, workers=trainer.world_size)
@@ -170,7 +170,7 @@ class Recorder(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the model that will be saved."""
         sync_buffers(pl_module)
-        self._pace.stop(self.step)
+        self._pace.stop()
         self._post(trainer, "validating", now=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -186,7 +186,7 @@ class Recorder(pl.Callback):
                 f"train.early_stopping.monitor={stopping.monitor!r} was not logged by the module's "
                 f"validation_step, which logged {logged}; name a logged metric."
             )
-        self._pace.start(self.step)
+        self._pace.start()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Commit with the validation's metrics, and report them."""
@@ -215,7 +215,7 @@ class Recorder(pl.Callback):
         return [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
 
     def _commit(self, trainer: pl.Trainer, *, metrics: dict[str, float], done: str) -> None:
-        self._pace.stop(self.step)
+        self._pace.stop()
         self._post(trainer, "saving", now=True)
         run, uri = self._facts.run, checkpoint.checkpoint_uri(self._facts.run, self.step)
         self._consumed.write(run, step=self.step)
@@ -231,7 +231,7 @@ class Recorder(pl.Callback):
             self._commit_rank_0(trainer, gathered, metrics, done)
         trainer.strategy.barrier("committed")
         self._schedule.restart(self.step)
-        self._pace.start(self.step)
+        self._pace.start()
 
     def _commit_rank_0(
         self, trainer: pl.Trainer, gathered: list[Any], metrics: dict[str, float], done: str

@@ -19,33 +19,33 @@ class Pace:
         self._waited_s = waited_s
         self._train_s = totals.get("train_s", 0.0)
         self._wait_s = totals.get("wait_s", 0.0)
-        self.start(step)
+        self._first = (self._train_s, self._wait_s, step)
+        self.start()
 
-    def start(self, step: int) -> None:
-        """Begin a stretch of training at `step`."""
-        self._began, self._waited, self._step = time.perf_counter(), self._waited_s(), step
+    def start(self) -> None:
+        """Begin a stretch of training."""
+        self._began, self._waited = time.perf_counter(), self._waited_s()
 
-    def stop(self, step: int) -> None:
+    def stop(self) -> None:
         """End the stretch: what follows (validation, a commit) is no training time."""
-        self._train_s += self.elapsed_s
+        self._train_s += time.perf_counter() - self._began
         self._wait_s += self._waited_s() - self._waited
-        self.start(step)
+        self.start()
 
     @property
-    def elapsed_s(self) -> float:
-        """Seconds since the stretch began."""
-        return time.perf_counter() - self._began
+    def _seconds(self) -> float:
+        """Seconds of training since this process began it."""
+        return self._train_s - self._first[0] + time.perf_counter() - self._began
 
     @property
     def wait_share(self) -> float | None:
-        """Share of this stretch that went into waiting for data."""
-        elapsed = self.elapsed_s
-        return min(1.0, (self._waited_s() - self._waited) / elapsed) if elapsed > 0 else None
+        """Share of this process's training that went into waiting for data."""
+        waited = self._wait_s - self._first[1] + self._waited_s() - self._waited
+        return min(1.0, waited / self._seconds) if self._seconds > 0 else None
 
     def steps_per_s(self, step: int) -> float:
-        """Return the speed of this stretch."""
-        elapsed = self.elapsed_s
-        return (step - self._step) / elapsed if elapsed > 0 else 0.0
+        """Return the speed since this process began training."""
+        return (step - self._first[2]) / self._seconds if self._seconds > 0 else 0.0
 
     @property
     def totals(self) -> dict[str, float]:

@@ -28,11 +28,12 @@ def test_validation_and_commits_are_no_training_time(clock: Clock) -> None:
     waited[0] += 1
     assert measured.steps_per_s(18) == pytest.approx(2.0)
     assert measured.wait_share == pytest.approx(0.25)
-    measured.stop(18)
+    measured.stop()
     clock.now += 100  # a validation
-    measured.start(18)
+    measured.start()
+    assert measured.wait_share == pytest.approx(0.25)  # not 0 right after a commit
     clock.now += 2
-    measured.stop(20)
+    measured.stop()
     assert measured.totals == {"train_s": pytest.approx(11.0), "wait_s": pytest.approx(2.0)}
 
 
