@@ -18,9 +18,6 @@ def connect(*, verbose: bool = False) -> None:
     """
     if ray.is_initialized():
         return
-    # Ray's processes inherit this: without it each hides GPUs from tasks that ask for none and
-    # prints a warning about that changing.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)

@@ -103,7 +103,7 @@ def _check(index: Index, manifest: checkpoint.Manifest, split: str) -> None:
 
 def _evaluate_on_worker(job: _Job) -> dict[str, Any]:
     cluster.extend_imports(job.import_paths)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if job.config.scaling.gpus_per_worker else "cpu")
     index = read_index(job.config.data.index)
     module = model.build(job.config.model, num_classes=len(index.classes))
     with tempfile.TemporaryDirectory(prefix="orchestrator-evaluate-") as folder:

@@ -28,7 +28,12 @@ class Choice:
 
 
 def choose_precision(
-    requested: Precision, module: pl.LightningModule, *, batch: int, image_size: int
+    requested: Precision,
+    module: pl.LightningModule,
+    *,
+    device: torch.device,
+    batch: int,
+    image_size: int,
 ) -> Choice:
     """Return 32, bf16 or 16: the requested one, or for auto what this machine gains from.
 
@@ -36,12 +41,13 @@ def choose_precision(
     timed in both, because small networks get slower: a ResNet-18 at 112 pixels ran 2.4x as fast in
     bf16 on such a machine, a small one at 16 pixels 0.86x.
     """
-    if requested == "16" and not torch.cuda.is_available():
+    on_gpu = device.type == "cuda"
+    if requested == "16" and not on_gpu:
         return Choice("bf16", "16 was asked for, but PyTorch computes fp16 on GPUs only")
     if requested != "auto":
         return Choice(requested, "asked for")
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
+    if on_gpu:
+        name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", f"{name} computes bf16 natively")
         return Choice("16", f"{name} has no native bf16; fp16 with loss scaling")

@@ -103,8 +103,8 @@ class ZeroStrategy(RayDeepSpeedStrategy):  # type: ignore[misc]
     `setup_environment` leaves that guard out, and `root_device` has the index the engine compares.
     """
 
-    def __init__(self, stage: int, loss_weight: LossWeight) -> None:
-        self._on_cpu = not torch.cuda.is_available()
+    def __init__(self, stage: int, loss_weight: LossWeight, device: torch.device) -> None:
+        self._on_cpu = device.type == "cpu"
         super().__init__(
             stage=stage, process_group_backend="gloo" if self._on_cpu else None, logging_level=40
         )
@@ -168,11 +168,13 @@ class ZeroStrategy(RayDeepSpeedStrategy):  # type: ignore[misc]
             raise RuntimeError(f"DeepSpeed found no checkpoint below {folder}.")
 
 
-def build_strategy(choice: Choice, loss_weight: LossWeight) -> DDPStrategy | ZeroStrategy:
-    """Return the Lightning strategy of a choice."""
+def build_strategy(
+    choice: Choice, loss_weight: LossWeight, device: torch.device
+) -> DDPStrategy | ZeroStrategy:
+    """Return the Lightning strategy of a choice, for workers on devices of this kind."""
     if choice.value == "ddp":
         return DDPStrategy(loss_weight)
-    return ZeroStrategy(int(choice.value[-1]), loss_weight)
+    return ZeroStrategy(int(choice.value[-1]), loss_weight, device)
 
 
 def sync_buffers(module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import ray
 import ray.train
 import ray.train.torch
+import ray.util
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import TensorBoardLogger
 from ray import cloudpickle
@@ -20,13 +21,13 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.lightning import RayLightningEnvironment, prepare_trainer
 
 from orchestrator import cluster, storage
-from orchestrator.config import Config
+from orchestrator.config import Config, UserError
 from orchestrator.data import feeds, plan
 from orchestrator.data.index import read_index
 from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, OpenSegment, Pass, ToDevice
 from orchestrator.data.render import Feed
 from orchestrator.data.source import Placement, split_segment
-from orchestrator.run import append_event
+from orchestrator.run import CONFIG_FILE, append_event
 from orchestrator.train import checkpoint, model
 from orchestrator.train.callback import Recorder, RunFacts
 from orchestrator.train.precision import Choice, choose_precision, lightning_precision
@@ -99,6 +100,12 @@ def train_worker(payload: dict[str, Any]) -> None:
 
 
 def _prepare_process(job: Job) -> None:
+    if not storage.exists(storage.join(job.run, CONFIG_FILE)):
+        node = ray.util.get_node_ip_address()
+        raise UserError(
+            f"storage_path: the node {node} does not see {job.run}, where the run was opened; use "
+            "an s3:// URI or a folder that all nodes share."
+        )
     cluster.extend_imports(job.import_paths)
     # Blocks are mapped read-only from shared memory and never written to.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -141,7 +148,11 @@ def _agree_on_precision(
         # Plain words: the actor that passes them on would import Lightning for a Choice.
         choice = dataclasses.astuple(
             choose_precision(
-                config.train.precision, module, batch=batch, image_size=data.image_size
+                config.train.precision,
+                module,
+                device=ray.train.torch.get_device(),
+                batch=batch,
+                image_size=data.image_size,
             )
         )
     return Choice(*broadcast_from_rank_zero(choice))
@@ -229,10 +240,12 @@ def _trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choice) ->
         assert loader.current is not None
         return loader.current.weight
 
+    # Not "auto": a worker that reserved no GPU may still see those of its machine.
+    device = ray.train.torch.get_device()
     trainer = pl.Trainer(
-        accelerator="auto",
+        accelerator=device.type,
         devices="auto",
-        strategy=build_strategy(job.strategy, loss_weight),
+        strategy=build_strategy(job.strategy, loss_weight, device),
         plugins=[RayLightningEnvironment()],
         precision=lightning_precision(precision.value),
         max_epochs=config.train.max_epochs,
