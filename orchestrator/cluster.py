@@ -18,6 +18,8 @@ def connect(*, verbose: bool = False) -> None:
     """
     if ray.is_initialized():
         return
+    # A worker that reserves no GPU must not see one: libraries would choose it by themselves.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     options = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
@@ -29,8 +31,12 @@ def connect(*, verbose: bool = False) -> None:
 
 
 def may_grow() -> bool:
-    """Return whether the connected cluster has an autoscaler that could add nodes."""
-    return ray._private.state.state.get_cluster_config() is not None
+    """Return whether the connected cluster might add nodes: one that `RAY_ADDRESS` names might.
+
+    Whether it has an autoscaler, and how far that goes, Ray 2.60 tells nobody: the key that
+    `get_cluster_config` reads is never written by its open-source autoscaler.
+    """
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -38,8 +44,11 @@ def root_cause(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None)
     if failures:
         causes = [root_cause(failure) for failure in failures.values()]
-        # Where one worker meets a mistake, the others only lose their connection to it.
-        return next((cause for cause in causes if isinstance(cause, UserError)), causes[0])
+        # Where one worker fails, the others only lose their connection to it, which PyTorch
+        # says as a RuntimeError (DistBackendError on GPUs).
+        own = [cause for cause in causes if not isinstance(cause, RuntimeError)]
+        mistakes = [cause for cause in causes if isinstance(cause, UserError)]
+        return next(iter([*mistakes, *own, *causes]))
     inner = (
         getattr(error, "cause", None)
         or getattr(error, "controller_failure", None)

@@ -49,7 +49,8 @@ class DataConfig:
     window_chunks: int = 16
     """Consecutive chunks of the shuffled chunk order whose samples are shuffled together."""
     decode_slots: int | None = None
-    """Decode tasks that run at once; null: the CPUs the workers leave, else all CPUs, shared."""
+    """Decode tasks that run at once; null: the CPUs the workers leave, else all CPUs, shared.
+    On an autoscaling cluster a number asks for loader nodes with as many CPUs."""
     audit: bool = False
     """Write which sample ids each committed step consumed to `samples/` in the run folder."""
 

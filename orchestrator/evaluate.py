@@ -20,7 +20,7 @@ from orchestrator.data.index import Index, read_index, verify
 from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, ToDevice
 from orchestrator.data.source import Placement, split_segment
 from orchestrator.run import EVALUATION_FILE, read_config
-from orchestrator.train import checkpoint, model
+from orchestrator.train import checkpoint, model, preflight
 from orchestrator.train.precision import lightning_precision
 from orchestrator.train.strategy import WEIGHTS_FILE, read_tensors
 
@@ -55,7 +55,12 @@ def evaluate(
     manifest = _choose(run, config, which)
     _check(index, manifest, split)
     cluster.connect(verbose=verbose)
-    scaling = config.scaling
+    scaling = dataclasses.replace(config.scaling, num_workers=1)
+    preflight.check_resources(
+        dataclasses.replace(config, scaling=scaling),
+        preflight.cluster_resources(),
+        may_grow=cluster.may_grow(),
+    )
     cpus = ray.cluster_resources().get("CPU", 0)
     job = _Job(
         run=run,

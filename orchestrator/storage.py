@@ -259,7 +259,7 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return pyarrow's filesystem and path for `uri`: what Ray Train wants for its own records."""
     if not is_s3(uri):
         return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
-    scheme, _, host = (s3.endpoint() or "").rpartition("://")
+    scheme, _, host = (s3.endpoint() or "").rstrip("/").rpartition("://")
     options = {"endpoint_override": host, "scheme": scheme or "https"} if host else {}
     return pyarrow.fs.S3FileSystem(**options), uri.removeprefix("s3://")
 

@@ -18,6 +18,7 @@ _MAX_CLASSES = 1_000
 _STOP_REASONS = {
     "converged": "converged: validation no longer improved",
     "max_epochs": "max_epochs: all epochs done",
+    "diverged": "diverged: the watched metric became NaN or infinite",
 }
 
 

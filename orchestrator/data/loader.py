@@ -80,6 +80,8 @@ def assemble(
             held = []
             micro += batching.num_workers
             due, _ = batching.bounds(micro)
+    if held:
+        raise WrongOrderError(f"worker {rank} got no end to its micro-batch {micro}.")
 
 
 def _join(micro: int, rows: list[dict[str, Any]], batching: Batching) -> MicroBatch:
@@ -185,7 +187,14 @@ class Loader:
         while self._step < self.batching.num_steps:
             blocks, stop_step = self._open_segment(self._step)
             micro = self._step * self.batching.micro_batches + self._rank
-            yield from assemble(blocks, self.batching, rank=self._rank, micro=micro)
+            for batch in assemble(blocks, self.batching, rank=self._rank, micro=micro):
+                yield batch
+                micro = batch.micro + self.batching.num_workers
+            if micro != stop_step * self.batching.micro_batches + self._rank:
+                raise WrongOrderError(
+                    f"worker {self._rank} ran out of blocks before micro-batch {micro}; the steps "
+                    f"up to {stop_step} were due."
+                )
             self._step = stop_step
 
     def next_batch(self) -> dict[str, Any]:

@@ -31,8 +31,6 @@ _BUFFERED_TASKS = 2
 _MIN_BUFFER_BYTES = 64 << 20
 # A reader of training data and one of validation data add up to one CPU; see `Placement.beside`.
 _READER_CPUS = 0.9
-# Readers that are asked for on an autoscaling cluster before any node with free CPUs is up.
-_GROWING_SLOTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,8 @@ class Placement:
             requested: the user's number of slots, or None.
             cluster_cpus: CPUs of the cluster.
             worker_cpus: CPUs that workers reserve on it.
-            may_grow: an autoscaler adds nodes for tasks that wait for a CPU.
+            may_grow: nodes may be added for tasks that wait for a CPU, so slots that were asked
+                for wait; slots chosen here never do, as the cluster may have grown to its end.
             share: runs that divide the cluster between them.
         """
         spare = int((cluster_cpus - worker_cpus) / share)
@@ -70,8 +69,6 @@ class Placement:
             return cls(requested, _READER_CPUS * reserve, f"data.decode_slots={requested}")
         if spare >= 1:
             return cls(spare, _READER_CPUS, f"of {cluster_cpus:g} CPUs workers leave {spare}")
-        if may_grow:
-            return cls(_GROWING_SLOTS, _READER_CPUS, "asked of the autoscaler: no CPU is free yet")
         slots = max(1, int(cluster_cpus / share))
         return cls(slots, 0, f"workers hold all {cluster_cpus:g} CPUs, so reading shares them")
 

@@ -1,6 +1,6 @@
 """Worker side: the Lightning callback that counts, commits and reports."""
 
-import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -10,36 +10,22 @@ from typing import Any
 import pytorch_lightning as pl
 import ray.train
 import torch
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from orchestrator import storage
-from orchestrator.config import Config, UserError, config_digest
+from orchestrator.config import UserError, config_digest
 from orchestrator.data.loader import Loader
 from orchestrator.progress import Progress
 from orchestrator.run import append_event
 from orchestrator.train import checkpoint, state
-from orchestrator.train.journal import Consumed, Metrics, Quarantine
+from orchestrator.train.journal import Consumed, Metrics, Quarantine, RunFacts
 from orchestrator.train.pace import Pace, Schedule
 from orchestrator.train.strategy import sync_buffers
 
 _LOG_EVERY_STEPS = 5
 _POST_EVERY_S = 0.5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What is known about a run before its first step."""
-
-    run: str
-    config: Config
-    index_digest: str
-    strategy: str
-    precision: str
-    samples_per_epoch: int
-    board: Any
-    """Handle of the progress board actor."""
 
 
 class Recorder(pl.Callback):
@@ -48,15 +34,21 @@ class Recorder(pl.Callback):
     Args:
         facts: what the run is.
         loader: this worker's training batches.
+        validation: its validation batches, if there are any.
         resumed: the checkpoint this start goes on from, with its files, or None.
     """
 
     def __init__(
-        self, facts: RunFacts, loader: Loader, resumed: tuple[checkpoint.Manifest, Path] | None
+        self,
+        facts: RunFacts,
+        loader: Loader,
+        validation: Loader | None,
+        resumed: tuple[checkpoint.Manifest, Path] | None,
     ) -> None:
         self._facts = facts
         self._config = facts.config
         self._loader = loader
+        self._validation = validation
         self._resumed = resumed
         manifest = resumed[0] if resumed else None
         self.step = manifest.step if manifest else 0
@@ -67,6 +59,7 @@ class Recorder(pl.Callback):
         self._loss_samples = 0
         self._mean_loss: float | None = None
         self._posted = 0.0
+        self._readable = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state: model and optimizers exist and sit on their device by now."""
@@ -74,6 +67,7 @@ class Recorder(pl.Callback):
         self._consumed = Consumed(rank, self._facts.samples_per_epoch, self._config.data.audit)
         if self._resumed is not None:
             state.restore_state(trainer, self._resumed[1])
+            shutil.rmtree(self._resumed[1])
         state.set_progress(trainer, step=self.step, epoch=self._epoch)
         if rank == 0:
             self._metrics = Metrics(self._facts.run, step=self.step)
@@ -173,6 +167,13 @@ class Recorder(pl.Callback):
         self._pace.stop()
         self._post(trainer, "validating", now=True)
 
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Note validation images that could not be decoded."""
+        assert self._validation is not None
+        assert self._validation.current is not None
+        bad = self._validation.current.batch.bad
+        self._consumed.bad += [{**entry, "epoch": self._epoch} for entry in bad]
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restart the clocks: validation is no training time.
 
@@ -205,14 +206,13 @@ class Recorder(pl.Callback):
             self._facts.board.say.remote(f"epoch {self._epoch}: {shown}")
 
     def _done(self, trainer: pl.Trainer) -> str:
-        if self.step >= self._loader.batching.num_steps:
-            stopped = any(c.stopped_epoch for c in self._stoppers(trainer))
-            return "converged" if stopped else "max_epochs"
-        return "converged" if trainer.should_stop else ""
-
-    @staticmethod
-    def _stoppers(trainer: pl.Trainer) -> list[EarlyStopping]:
-        return [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        stopper = trainer.early_stopping_callback
+        reason = stopper.stopping_reason if stopper else EarlyStoppingReason.NOT_STOPPED
+        if reason is EarlyStoppingReason.NON_FINITE_METRIC:
+            return "diverged"
+        if reason is not EarlyStoppingReason.NOT_STOPPED or trainer.should_stop:
+            return "converged"
+        return "max_epochs" if self.step >= self._loader.batching.num_steps else ""
 
     def _commit(self, trainer: pl.Trainer, *, metrics: dict[str, float], done: str) -> None:
         self._pace.stop()
@@ -221,6 +221,9 @@ class Recorder(pl.Callback):
         self._consumed.write(run, step=self.step)
         with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
             state.save_state(trainer, Path(folder))
+            if not self._readable:
+                state.check_readable(Path(folder))
+                self._readable = True
             mine = checkpoint.store_files(Path(folder), uri), self._consumed.bad
         gathered: list[Any] = [mine]
         if trainer.world_size > 1:

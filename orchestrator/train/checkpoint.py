@@ -46,7 +46,7 @@ class Manifest:
     metrics: dict[str, float]
     """Validation metrics; empty where it was taken inside an epoch."""
     done: str
-    """Why the run ended here ("converged" or "max_epochs"), or empty."""
+    """Why the run ended here ("converged", "max_epochs" or "diverged"), or empty."""
     world_size: int
     strategy: str
     precision: str
@@ -151,7 +151,10 @@ def rewind(run: str, step: int) -> None:
             committed = subfolder == "samples" or storage.exists(
                 storage.join(location, MANIFEST_FILE)
             )
-            if int(entry.name.removeprefix("step-")) > step or not committed:
+            number = entry.name.removeprefix("step-")
+            if not number.isdecimal():
+                continue  # not ours
+            if int(number) > step or not committed:
                 storage.delete_folder(location)
 
 

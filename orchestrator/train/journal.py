@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator import storage
+from orchestrator.config import Config
 from orchestrator.data.loader import MicroBatch
 from orchestrator.run import METRICS_FILE, QUARANTINE_FILE
 
@@ -28,6 +29,20 @@ _SAMPLES_SCHEMA = pa.schema(
 _QUARANTINE_SCHEMA = pa.schema(
     [("uri", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("epoch", pa.int64())]
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known about a run before its first step."""
+
+    run: str
+    config: Config
+    index_digest: str
+    strategy: str
+    precision: str
+    samples_per_epoch: int
+    board: Any
+    """Handle of the progress board actor."""
 
 
 def _write(uri: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

@@ -50,7 +50,7 @@ class RunResult:
 
     @property
     def stop_reason(self) -> str:
-        """converged or max_epochs."""
+        """converged, max_epochs or diverged."""
         return str(self.result["stop_reason"])
 
     @property
@@ -111,11 +111,15 @@ def fit(
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
     began = time.monotonic()
     with _board(show=show) as board:
+        waiting = preflight.describe_waiting(config, resources)
+        if waiting:
+            board.say.remote(waiting)
         job = Job(
             run=run,
             config=config,
             strategy=strategy,
             share=share,
+            may_grow=cluster.may_grow(),
             board=board,
             import_paths=cluster.import_paths(),
         )

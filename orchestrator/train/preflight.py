@@ -47,6 +47,8 @@ def check_config(config: Config) -> None:
         _require(key, number, number is None or number > 0, "must be above 0; raise it")
     gpus = scaling.gpus_per_worker
     _require("scaling.gpus_per_worker", gpus, gpus >= 0, "must be at least 0; raise it")
+    rule = "must be from 0 to 4294967295; choose such a number"
+    _require("seed", config.seed, 0 <= config.seed < 2**32, rule)
     low, high = data.crop_scale
     rule = "must be two ascending shares above 0 and up to 1, e.g. [0.08, 1.0]"
     _require("data.crop_scale", [low, high], 0 < low <= high <= 1, rule)
@@ -124,12 +126,29 @@ def check_checkpoints(config: Config, index: Index, run: str, strategy: Choice) 
             f"{run} was trained on a data set with digest {last.index_digest[:12]} but "
             f"{index.uri} has {index.digest[:12]}; give this run another --name, or restore it."
         )
+    _check_epochs(config, index, run, last)
     workers = config.scaling.num_workers
     if strategy.value != "ddp" and last.world_size != workers:
         raise UserError(
             f"scaling.num_workers={workers}: the {last.strategy} checkpoint of {run} was written "
             f"by {last.world_size} workers and loads on as many only; use "
             f"--scaling.num_workers {last.world_size}."
+        )
+
+
+def _check_epochs(config: Config, index: Index, run: str, last: checkpoint.Manifest) -> None:
+    total = config.train.max_epochs * index.splits["train"].samples
+    if total < last.position:
+        raise UserError(
+            f"train.max_epochs={config.train.max_epochs} ends before the checkpoint of {run}, "
+            f"which has completed {last.epoch} epochs; raise it."
+        )
+    short = last.position != last.step * config.data.global_batch
+    if short and total > last.position and last.done == "max_epochs":
+        raise UserError(
+            f"train.max_epochs={config.train.max_epochs}: the last step of {run} was shorter than "
+            f"data.global_batch={config.data.global_batch}, so a longer run has other steps; give "
+            "it another --name."
         )
 
 
@@ -166,10 +185,19 @@ def check_resources(config: Config, found: Resources, *, may_grow: bool) -> None
             )
 
 
+def describe_waiting(config: Config, found: Resources) -> str | None:
+    """Return what to say where the cluster does not hold the workers yet, else None."""
+    try:
+        check_resources(config, found, may_grow=False)
+    except UserError as error:
+        return f"waiting for the cluster to grow: {error}"
+    return None
+
+
 def is_finished(config: Config, run: str) -> bool:
     """Return whether the run's newest checkpoint is its end, under this config."""
     manifests = checkpoint.list_manifests(run)
     if not manifests or not manifests[-1].done:
         return False
     last = manifests[-1]
-    return last.done == "converged" or last.epoch >= config.train.max_epochs
+    return last.done != "max_epochs" or last.epoch >= config.train.max_epochs

@@ -5,6 +5,7 @@ another world size. Here every counter is derived from one integer, the step, an
 a fresh epoch of what is left. Random numbers need no state either: they are keyed by the step.
 """
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from orchestrator.config import UserError
 from orchestrator.data.stream import hash_key
 from orchestrator.train.strategy import WEIGHTS_FILE, ModelStrategy, read_tensors
 
@@ -43,6 +45,24 @@ def save_state(trainer: pl.Trainer, folder: Path) -> None:
     torch.save(state, folder / TRAINER_FILE)
 
 
+def check_readable(folder: Path) -> None:
+    """Read back what this worker wrote: a checkpoint that cannot be loaded is worth nothing.
+
+    Raises:
+        UserError: the user's module or optimizer keeps something else than tensors and primitives.
+    """
+    for path in sorted(folder.glob("*.pt")):
+        try:
+            read_tensors(path)
+        except pickle.UnpicklingError as error:
+            what = str(error).split("Unsupported")[-1].split("was not")[0].strip()
+            raise UserError(
+                f"the checkpoint's {path.name} holds more than tensors and primitives ({what}), so "
+                "it could not be loaded safely; convert it in the module's on_save_checkpoint or "
+                "configure_optimizers."
+            ) from error
+
+
 def restore_state(trainer: pl.Trainer, folder: Path) -> None:
     """Read back what `save_state` wrote; all workers call it."""
     strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]
@@ -52,7 +72,10 @@ def restore_state(trainer: pl.Trainer, folder: Path) -> None:
         config.scheduler.load_state_dict(saved)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in state["callbacks"]:
-            callback.load_state_dict(state["callbacks"][callback.state_key])
+            saved = state["callbacks"][callback.state_key]
+            # The patience may be changed on a resume; what has been waited so far stays.
+            own = callback.state_dict().get("patience")
+            callback.load_state_dict(saved if own is None else {**saved, "patience": own})
     trainer.precision_plugin.load_state_dict(state["precision"])
     trainer.lightning_module.on_load_checkpoint(state["module"])
 

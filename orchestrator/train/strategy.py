@@ -158,6 +158,9 @@ class ZeroStrategy(RayDeepSpeedStrategy):  # type: ignore[misc]
     def load_shards(self, folder: Path) -> None:
         """Let the engine read every worker's share.
 
+        DeepSpeed 0.19 unpickles its own files without restriction: a run folder that others can
+        write to can run code here.
+
         Raises:
             RuntimeError: the engine found nothing to read.
         """

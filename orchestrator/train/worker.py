@@ -29,7 +29,8 @@ from orchestrator.data.render import Feed
 from orchestrator.data.source import Placement, split_segment
 from orchestrator.run import CONFIG_FILE, append_event
 from orchestrator.train import checkpoint, model
-from orchestrator.train.callback import Recorder, RunFacts
+from orchestrator.train.callback import Recorder
+from orchestrator.train.journal import RunFacts
 from orchestrator.train.precision import Choice, choose_precision, lightning_precision
 from orchestrator.train.strategy import build_strategy
 
@@ -43,6 +44,8 @@ class Job:
     strategy: Choice
     share: int
     """Runs that divide the cluster between them."""
+    may_grow: bool
+    """Whether the cluster might add nodes."""
     board: Any
     """Handle of the progress board actor."""
     import_paths: list[str]
@@ -56,14 +59,18 @@ def train_worker(payload: dict[str, Any]) -> None:
     config, rank = job.config, ray.train.get_context().get_world_rank()
     num_workers = ray.train.get_context().get_world_size()
     index = read_index(config.data.index)
-    with tempfile.TemporaryDirectory(prefix="orchestrator-resume-") as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="orchestrator-resume-", ignore_cleanup_errors=True
+    ) as folder:
         resumed = _find_checkpoint(job, Path(folder), rank)
         step = resumed.step if resumed else 0
         feed = feeds.training_feed(config, index, num_workers=num_workers)
-        if step >= feed.batching.num_steps or (resumed and resumed.done == "converged"):
+        ended = resumed is not None and resumed.done not in ("", "max_epochs")
+        if ended or step >= feed.batching.num_steps:
             return
         pl.seed_everything(config.seed, verbose=False)
         module = model.build(config.model, num_classes=len(index.classes))
+        _check_module(module, config, feed.batching.accumulation)
         precision = _agree_on_precision(config, module, resumed, rank)
         placement = _placement(job)
         loader = _loader(feed, job, placement, rank=rank, step=step)
@@ -76,7 +83,11 @@ def train_worker(payload: dict[str, Any]) -> None:
             samples_per_epoch=feed.stream.num_samples,
             board=job.board,
         )
-        recorder = Recorder(facts, loader, (resumed, Path(folder)) if resumed else None)
+        validation = (
+            _validation_loader(job, placement.beside(), rank) if "val" in index.splits else None
+        )
+        start = (resumed, Path(folder)) if resumed else None
+        recorder = Recorder(facts, loader, validation, start)
         if rank == 0:
             append_event(
                 job.run,
@@ -88,9 +99,6 @@ def train_worker(payload: dict[str, Any]) -> None:
         if hasattr(module, "total_steps"):
             module.total_steps = feed.batching.num_steps  # type: ignore[assignment]
         trainer = _trainer(job, recorder, loader, precision)
-        validation = (
-            _validation_loader(job, placement.beside(), rank) if "val" in index.splits else None
-        )
         try:
             trainer.fit(module, datamodule=_Batches(recorder, loader, validation))
         finally:
@@ -135,6 +143,19 @@ def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest |
     return found
 
 
+def _check_module(module: pl.LightningModule, config: Config, accumulation: int) -> None:
+    if module.automatic_optimization or (
+        accumulation == 1 and config.train.gradient_clip_norm is None
+    ):
+        return
+    raise UserError(
+        f"model.class_path={config.model.class_path!r} has automatic_optimization False, so "
+        f"Lightning neither accumulates its {accumulation} micro-batches a step nor clips its "
+        "gradient; raise data.max_micro_batch or scaling.num_workers, and set "
+        "train.gradient_clip_norm to null."
+    )
+
+
 def _agree_on_precision(
     config: Config, module: pl.LightningModule, resumed: checkpoint.Manifest | None, rank: int
 ) -> Choice:
@@ -165,7 +186,7 @@ def _placement(job: Job) -> Placement:
         requested=job.config.data.decode_slots,
         cluster_cpus=ray.cluster_resources().get("CPU", 0),
         worker_cpus=scaling.num_workers * scaling.cpus_per_worker * job.share,
-        may_grow=cluster.may_grow(),
+        may_grow=job.may_grow,
         share=job.share,
     )
 

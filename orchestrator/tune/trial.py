@@ -17,7 +17,11 @@ from orchestrator.tune.mailbox import Forward, Mail
 from orchestrator.tune.rungs import Reason
 
 MESSAGE = "message"
-_REASONS: dict[str, Reason] = {"converged": "converged", "max_epochs": "max_budget"}
+_REASONS: dict[str, Reason] = {
+    "converged": "converged",
+    "max_epochs": "max_budget",
+    "diverged": "failed",
+}
 _POLL_S = 0.3
 _ABORT_TIMEOUT_S = 20.0
 
@@ -107,7 +111,13 @@ def _outcome(training: "concurrent.futures.Future[launch.RunResult]", mail: Mail
         return Ended("pruned")
     if error is None:
         run = training.result()
-        return Ended(_REASONS[run.stop_reason], "", run.best, int(run.result["epochs"]))
+        why = "diverged: the watched metric became NaN or infinite"
+        return Ended(
+            _REASONS[run.stop_reason],
+            why if run.stop_reason == "diverged" else "",
+            run.best,
+            int(run.result["epochs"]),
+        )
     told = isinstance(error, UserError | launch.TrainingFailed)
     line = cluster.sentence(error)
     return Ended("failed", line if told else f"{type(error).__name__}: {line}")

@@ -84,6 +84,25 @@ def test_a_planted_wrong_order_raises(tmp_path: Path) -> None:
             list(assemble(iter(blocks), feed.batching, rank=0, micro=0))
 
 
+def test_a_segment_that_ends_early_raises(tmp_path: Path) -> None:
+    feed = make_feed(tmp_path, num_workers=2)
+
+    def open_segment(step: int) -> tuple[Iterator[pa.Table], int]:
+        # Ray Data drops the last (rows mod workers) rows of an execution that is not planned.
+        return iter(split(feed, step, step + 3)[0][:-1]), step + 3
+
+    mine = Loader(
+        feed.batching,
+        rank=0,
+        step=0,
+        open_segment=open_segment,
+        to_device=ToDevice(torch.device("cpu"), feed.render.data),
+        image_size=8,
+    )
+    with pytest.raises(WrongOrderError, match="ran out of blocks before micro-batch"):
+        list(mine.take(feed.batching.num_steps))
+
+
 def test_a_stream_that_ends_early_raises(tmp_path: Path) -> None:
     feed = make_feed(tmp_path, num_workers=1)
     short = Loader(

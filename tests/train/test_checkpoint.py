@@ -121,7 +121,9 @@ def test_rewinding_clears_what_a_kill_left(tmp_path: Path) -> None:
         folder = Path(run) / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "rank-00000.parquet").touch()
+    (Path(run) / "checkpoints" / "lost+found").mkdir()
     checkpoint.rewind(run, 4)
+    (Path(run) / "checkpoints" / "lost+found").rmdir()  # not ours, so left alone
     assert steps(run) == [4]
     assert [p.name for p in (Path(run) / "samples").iterdir()] == ["step-00000004"]
     assert [p.name for p in (Path(run) / "checkpoints").iterdir()] == ["step-00000004"]

@@ -94,7 +94,7 @@ def test_a_failed_trial_names_its_error_in_one_line(mixed: Sweep) -> None:
     why = mixed.result.rows[FAILING].why
     assert "ArithmeticError: the loss went to pieces" in why
     assert "\n" not in why
-    assert mixed.result.rows[DIVERGED].why == "val_loss was never finite"
+    assert mixed.result.rows[DIVERGED].why.startswith("diverged: ")
 
 
 def test_a_pruned_trial_ends_early_and_gives_back_its_workers(mixed: Sweep) -> None:
