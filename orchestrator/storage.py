@@ -16,8 +16,6 @@ import pyarrow.fs
 from orchestrator import s3
 from orchestrator.config import UserError
 
-SCHEMES = ("s3", "file")
-
 
 class StorageError(UserError):
     """A URI that cannot be read or written, with the reason and the remedy in one sentence."""
@@ -40,7 +38,7 @@ def local_path(uri: str) -> Path:
     """Return the local path that a plain path or `file://` URI names.
 
     Raises:
-        StorageError: the scheme is none of `SCHEMES`.
+        StorageError: it has another scheme.
     """
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     if scheme not in ("", "file"):

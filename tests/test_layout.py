@@ -133,6 +133,17 @@ def test_reading_a_config_loads_neither_ray_nor_torch() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_only_one_file_knows_the_storage_client() -> None:
+    clients = {"s3fs", "botocore", "aiobotocore", "boto3", "fsspec"}
+    found = {
+        path.name
+        for path in python_files("orchestrator", "jobs")
+        for _, name in imported_modules(path)
+        if name.split(".")[0] in clients
+    }
+    assert found == {"s3.py"}
+
+
 @pytest.mark.parametrize("folder", ["orchestrator", "tests", "jobs"])
 def test_files_stay_short(folder: str) -> None:
     lengths = {str(p): len(p.read_text().splitlines()) for p in python_files(folder)}

@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import traceback
