@@ -31,8 +31,9 @@ from torchvision import datasets, transforms
 from orchestrator import cluster
 from orchestrator.config import Config, DataConfig, TrainConfig
 from orchestrator.data import feeds, plan
+from orchestrator.data.device import ToDevice
 from orchestrator.data.index import Index
-from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, ToDevice
+from orchestrator.data.loader import PREFETCH_BLOCKS, Loader
 from orchestrator.data.pack import pack
 from orchestrator.data.render import Feed
 from orchestrator.data.source import Placement, split_segment

@@ -1,15 +1,10 @@
 """Every setting of a run, as frozen dataclasses with a docstring under each field.
 
 Pure: imports neither Ray nor torch, so reading and checking a config costs milliseconds.
-A config is data; `with_overrides` returns a changed copy and nothing is ever patched in place.
 """
 
 import dataclasses
-import difflib
-import hashlib
-import json
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal
 
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero3"]
 Precision = Literal["auto", "32", "bf16", "16"]
@@ -167,109 +162,3 @@ class Config:
     """On how many workers."""
     tune: TuneConfig | None = None
     """The sweep, where `orchestrator tune` reads this config."""
-
-
-# What may differ when a run is resubmitted: neither the data's order nor a step's arithmetic
-# depends on these.
-_FREE_TO_CHANGE = (
-    "storage_path",
-    "data.max_micro_batch",
-    "data.eval_batch",
-    "data.decode_slots",
-    "train.checkpoint",
-    "train.early_stopping",
-    "train.max_epochs",
-    "train.max_failures",
-    "scaling",
-    "tune",
-)
-
-T = TypeVar("T")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return `config` as plain dicts, lists and scalars, ready for YAML or JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
-
-
-def known_keys(section: type = Config, prefix: str = "") -> list[str]:
-    """Return every dotted key of a config, sections included."""
-    keys = []
-    for name, hint in get_type_hints(section).items():
-        keys.append(f"{prefix}{name}")
-        inner = section_of(hint)
-        keys += known_keys(inner, f"{prefix}{name}.") if inner else []
-    return keys
-
-
-def section_of(hint: Any) -> type | None:
-    """Return the dataclass that a field's type names, if any."""
-    options = (hint, *get_args(hint))
-    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
-
-
-def unknown_key_message(key: str, known: list[str]) -> str:
-    """Return the sentence for a config key that does not exist, with the nearest valid one."""
-    every = [k for k in known_keys() if not key.startswith(f"{k}.")]
-    leaf = key.rsplit(".", 1)[-1]
-    near = [k for k in every if k.rsplit(".", 1)[-1] == leaf][:1]
-    near = near or difflib.get_close_matches(key, every, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(known)}."
-    return f"config key {key!r} does not exist: {hint}"
-
-
-def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """Return a copy of `config` with dotted paths set, e.g. {"model.init_args.lr": 0.1}.
-
-    Raises:
-        UserError: a path names no field.
-    """
-    for path, value in overrides.items():
-        config = _replace(config, path, path.split("."), value)
-    return config
-
-
-def _replace(section: T, path: str, parts: list[str], value: Any) -> T:
-    head, rest = parts[0], parts[1:]
-    if isinstance(section, dict):
-        inner = _replace(section.get(head, {}), path, rest, value) if rest else value
-        return {**section, head: inner}  # type: ignore[return-value]
-    fields = _field_names(section)
-    if head not in fields:
-        prefix = ".".join(path.split(".")[: -len(parts)])
-        raise UserError(unknown_key_message(path, [f"{prefix}.{f}".lstrip(".") for f in fields]))
-    inner = _replace(getattr(section, head), path, rest, value) if rest else value
-    return dataclasses.replace(section, **{head: inner})  # type: ignore[type-var]
-
-
-def _field_names(value: object) -> list[str]:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [f.name for f in dataclasses.fields(value)]
-    return []
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one dict of dotted paths."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """Return the dotted settings that make a run this run: all but those free to change."""
-    flat = flatten(to_dict(config))
-    return {k: v for k, v in flat.items() if not f"{k}.".startswith(_FREE_PREFIXES)}
-
-
-_FREE_PREFIXES = tuple(f"{prefix}." for prefix in _FREE_TO_CHANGE)
-
-
-def config_digest(config: Config) -> str:
-    """Return a SHA-256 (hex) of what `identity` returns."""
-    canonical = json.dumps(identity(config), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()

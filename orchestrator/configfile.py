@@ -17,7 +17,8 @@ import pydantic
 import yaml
 
 from orchestrator import storage
-from orchestrator.config import Config, UserError, section_of, to_dict, unknown_key_message
+from orchestrator.config import Config, UserError
+from orchestrator.overrides import section_of, to_dict, unknown_key_message
 
 
 class _Loader(yaml.SafeLoader):

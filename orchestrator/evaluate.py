@@ -16,8 +16,9 @@ from torch.nn import functional
 from orchestrator import cluster, storage
 from orchestrator.config import Config, UserError
 from orchestrator.data import feeds, plan
+from orchestrator.data.device import ToDevice
 from orchestrator.data.index import Index, read_index, verify
-from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, ToDevice
+from orchestrator.data.loader import PREFETCH_BLOCKS, Loader
 from orchestrator.data.source import Placement, split_segment
 from orchestrator.run import EVALUATION_FILE, read_config
 from orchestrator.train import checkpoint, model, preflight

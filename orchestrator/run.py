@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator import configfile, storage
-from orchestrator.config import Config, UserError, identity
+from orchestrator.config import Config, UserError
+from orchestrator.overrides import identity
 
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"

@@ -2,10 +2,8 @@ import dataclasses
 
 import pytest
 
-from orchestrator.config import (
-    Config,
-    DataConfig,
-    UserError,
+from orchestrator.config import Config, DataConfig, UserError
+from orchestrator.overrides import (
     config_digest,
     flatten,
     identity,

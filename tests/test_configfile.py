@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator import configfile
-from orchestrator.config import Config, EarlyStoppingConfig, TuneConfig, UserError, known_keys
+from orchestrator.config import Config, EarlyStoppingConfig, TuneConfig, UserError
+from orchestrator.overrides import known_keys
 
 
 def load(tmp_path: Path, text: str, *flags: str) -> Config:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "orchestrator"
 # Lowest first. A unit (a package or a top-level module) imports only from layers below its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
+    ("overrides",),
     ("s3",),
     ("storage",),
     ("configfile",),
@@ -35,6 +36,7 @@ LAYER_OF = {unit: layer for layer, units in enumerate(LAYERS) for unit in units}
 WITHOUT_RAY_AND_TORCH = (
     "config.py",
     "configfile.py",
+    "overrides.py",
     "storage.py",
     "run.py",
     "plots.py",

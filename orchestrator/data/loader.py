@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from orchestrator.config import DataConfig
+from orchestrator.data.batch import MicroBatch
 from orchestrator.data.plan import Batching
 
 # Blocks fetched ahead of the training step by Ray Data's own thread.
@@ -22,23 +22,6 @@ PREFETCH_BLOCKS = 2
 
 class WrongOrderError(RuntimeError):
     """Blocks arrived in another order than planned: a bug, so the run stops."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """One worker's samples of one forward and backward pass, on the host."""
-
-    micro: int
-    pixels: torch.Tensor
-    """uint8, shape (n, S, S, 3)."""
-    positions: list[int]
-    """Stream positions of the samples, length n."""
-    labels: list[int]
-    ids: list[str]
-    bad: list[dict[str, str]]
-    """Images at this place that could not be decoded: id, uri, reason."""
-    bad_position: int
-    """The micro-batch's first position, by which bad images are dated."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,38 +88,6 @@ def _pixels(rows: list[dict[str, Any]]) -> torch.Tensor:
         parts.append(torch.from_numpy(flat.reshape(count, side, side, 3)))
     parts = [part for part in parts if len(part)] or parts[:1]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class ToDevice:
-    """Move uint8 pixels to the training device and normalise them there."""
-
-    def __init__(self, device: torch.device, data: DataConfig) -> None:
-        self._device = device
-        self._mean = torch.tensor(data.mean, device=device).view(1, 3, 1, 1) * 255
-        self._scale = 1 / (torch.tensor(data.std, device=device).view(1, 3, 1, 1) * 255)
-        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def __call__(self, batch: MicroBatch) -> dict[str, Any]:
-        """Return {"image": float32 (n, 3, S, S) channels-last, "label": int64 (n,), "id": ...}."""
-        pixels, labels = batch.pixels, torch.tensor(batch.labels, dtype=torch.int64)
-        if self._copies is not None:
-            pixels, labels = self._to_cuda(pixels), self._to_cuda(labels)
-        image = pixels.permute(0, 3, 1, 2).to(torch.float32)
-        return {
-            "image": image.sub_(self._mean).mul_(self._scale),
-            "label": labels,
-            "id": batch.ids,
-        }
-
-    def _to_cuda(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Pinned memory makes the copy asynchronous; the side stream overlaps it with the
-        # step before, and record_stream keeps the memory until that copy has been used.
-        compute = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._copies):
-            copy = tensor.pin_memory().to(self._device, non_blocking=True)
-        compute.wait_stream(self._copies)
-        copy.record_stream(compute)
-        return copy
 
 
 OpenSegment = Callable[[int], tuple[Iterator[pa.Table], int]]

@@ -15,8 +15,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from orchestrator import storage
-from orchestrator.config import UserError, config_digest
+from orchestrator.config import UserError
 from orchestrator.data.loader import Loader
+from orchestrator.overrides import config_digest
 from orchestrator.progress import Progress
 from orchestrator.run import append_event
 from orchestrator.train import checkpoint, state

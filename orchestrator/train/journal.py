@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from orchestrator import storage
 from orchestrator.config import Config
-from orchestrator.data.loader import MicroBatch
+from orchestrator.data.batch import MicroBatch
 from orchestrator.run import METRICS_FILE, QUARANTINE_FILE
 
 METRICS_SCHEMA = pa.schema(

@@ -23,8 +23,9 @@ from ray.train.lightning import RayLightningEnvironment, prepare_trainer
 from orchestrator import cluster, storage
 from orchestrator.config import Config, UserError
 from orchestrator.data import feeds, plan
+from orchestrator.data.device import ToDevice
 from orchestrator.data.index import read_index
-from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, OpenSegment, Pass, ToDevice
+from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, OpenSegment, Pass
 from orchestrator.data.render import Feed
 from orchestrator.data.source import Placement, split_segment
 from orchestrator.run import CONFIG_FILE, append_event

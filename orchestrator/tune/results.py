@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from orchestrator import storage
-from orchestrator.config import Config, Mode, TuneConfig, to_dict
+from orchestrator.config import Config, Mode, TuneConfig
+from orchestrator.overrides import to_dict
 from orchestrator.progress import format_duration, printable
 from orchestrator.templates import cell
 from orchestrator.tune.rungs import Reason

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator import configfile
-from orchestrator.config import Config, TuneConfig, UserError, to_dict, with_overrides
+from orchestrator.config import Config, TuneConfig, UserError
 from orchestrator.data.stream import hash_key
+from orchestrator.overrides import to_dict, with_overrides
 
 KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
 _FIXED = ("name", "storage_path", "tune")

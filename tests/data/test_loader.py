@@ -11,7 +11,8 @@ from packed import write_packed
 
 from orchestrator.config import Config, DataConfig, TrainConfig
 from orchestrator.data import feeds, plan
-from orchestrator.data.loader import Loader, ToDevice, WrongOrderError, assemble
+from orchestrator.data.device import ToDevice
+from orchestrator.data.loader import Loader, WrongOrderError, assemble
 from orchestrator.data.render import Feed
 
 
