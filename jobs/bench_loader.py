@@ -30,12 +30,12 @@ from torchvision import datasets, transforms
 
 from orchestrator import cluster
 from orchestrator.config import Config, DataConfig, TrainConfig
-from orchestrator.data import feeds, plan
+from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
+from orchestrator.data.feeds import Feed
 from orchestrator.data.index import Index
 from orchestrator.data.loader import PREFETCH_BLOCKS, Loader
 from orchestrator.data.pack import pack
-from orchestrator.data.render import Feed
 from orchestrator.data.source import Placement, split_segment
 
 BATCH = 64
@@ -99,7 +99,7 @@ def our_batches(index: Index, size: int, slots: int, seed: int) -> Iterator[torc
     opened: list[Generator[pa.Table, None, None]] = []
 
     def open_segment(step: int) -> tuple[Iterator[pa.Table], int]:
-        stop = plan.segment_steps(feed.stream, feed.batching, step)
+        stop = feed.segment_stop(step)
         opened.append(read_blocks(feed, slots, step=step, stop_step=stop))
         return opened[-1], stop
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from orchestrator import cluster, storage
 from orchestrator.config import Config, UserError
-from orchestrator.data import feeds, plan
+from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
 from orchestrator.data.index import Index, read_index, verify
 from orchestrator.data.loader import PREFETCH_BLOCKS, Loader
@@ -130,7 +130,7 @@ def _loader(job: _Job, index: Index, device: torch.device) -> Loader:
     feed = feeds.evaluation_feed(job.config, index, split=job.split, passes=1, num_workers=1)
 
     def open_segment(step: int) -> tuple[Any, int]:
-        stop = plan.segment_steps(feed.stream, feed.batching, step)
+        stop = feed.segment_stop(step)
         (iterator,) = split_segment(feed, job.placement, step=step, stop_step=stop)
         blocks = iterator.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS

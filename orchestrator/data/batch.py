@@ -1,6 +1,7 @@
 """What one worker's forward and backward pass works on, as it leaves the loader."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -14,9 +15,10 @@ class MicroBatch:
     """uint8, shape (n, S, S, 3)."""
     positions: list[int]
     """Stream positions of the samples, length n."""
-    labels: list[int]
+    epochs: list[int]
+    """The epoch that keys each sample's augmentation, length n."""
+    labels: list[Any]
+    """Each an int, a list of int, or a float, as the index's `label_kind` says, or None."""
     ids: list[str]
-    bad: list[dict[str, str]]
-    """Images at this place that could not be decoded: id, uri, reason."""
-    bad_position: int
-    """The micro-batch's first position, by which bad images are dated."""
+    bad: list[dict[str, Any]]
+    """Images at this place that could not be decoded: id, uri, reason, first_bytes (hex), epoch."""

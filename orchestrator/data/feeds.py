@@ -1,46 +1,105 @@
 """Config + index -> the feeds of a run: what training, validation and evaluation read."""
 
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
 from orchestrator.config import Config
-from orchestrator.data.index import Index, read_chunks
+from orchestrator.data import plan
+from orchestrator.data.fetch import Layout, Work
+from orchestrator.data.index import ChunkRef, Index, read_chunks
 from orchestrator.data.plan import Batching
-from orchestrator.data.render import Feed, Render
-from orchestrator.data.stream import Stream
+from orchestrator.data.render import Reader, Render
+from orchestrator.data.stream import Ints, Order, Stream
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """An order of samples and where they lie: only the process that plans read tasks holds one."""
+
+    order: Order
+    locate: Callable[[Ints], list[ChunkRef]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Feed:
+    """What a run reads: `batching` and `reader` are small; the source is opened when planning."""
+
+    batching: Batching
+    reader: Reader
+    samples_per_epoch: int
+    open_source: Callable[[], Source]
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """Read the table of shards, once."""
+        return self.open_source()
+
+    def segment_stop(self, step: int) -> int:
+        """Return the step before which the Ray Data execution that starts at `step` ends."""
+        return plan.segment_stop(self.source.order, self.batching, step)
+
+    def works(self, *, step: int, stop_step: int) -> Iterator[Work]:
+        """Yield the read tasks of steps [step, stop_step) with the places of their chunks."""
+        order, locate = self.source.order, self.source.locate
+        for task in plan.tasks(order, self.batching, step=step, stop_step=stop_step):
+            yield Work(task, tuple(tuple(locate(window.chunk)) for window in task.windows))
 
 
 def training_feed(config: Config, index: Index, *, num_workers: int) -> Feed:
     """Return the shuffled, augmented stream over all epochs, in steps of `global_batch`."""
-    chunks = read_chunks(index, "train")
-    stream = Stream(
-        chunks.sizes,
-        digest=index.digest,
-        seed=config.seed,
-        window_chunks=config.data.window_chunks,
-    )
+    data, samples = config.data, index.splits["train"].samples
     batching = Batching.for_training(
-        total=stream.num_samples * config.train.max_epochs,
-        global_batch=config.data.global_batch,
+        total=samples * config.train.max_epochs,
+        global_batch=data.global_batch,
         num_workers=num_workers,
-        max_micro_batch=config.data.max_micro_batch,
+        max_micro_batch=data.max_micro_batch,
+        sample_bytes=_sample_bytes(config),
     )
-    return Feed(chunks, stream, batching, Render(config.data, config.seed, augment=True))
+    return Feed(
+        batching,
+        _reader(config, index, batching, augment=True),
+        samples,
+        functools.partial(_open, config, index, "train", shuffle=True),
+    )
 
 
 def evaluation_feed(
     config: Config, index: Index, *, split: str, passes: int, num_workers: int
 ) -> Feed:
     """Return `passes` passes over a split in the index's order, every image once in each."""
+    samples = index.splits[split].samples
+    batching = Batching.for_evaluation(
+        samples=samples,
+        passes=passes,
+        num_workers=num_workers,
+        max_batch=config.data.eval_batch,
+        sample_bytes=_sample_bytes(config),
+    )
+    return Feed(
+        batching,
+        _reader(config, index, batching, augment=False),
+        samples,
+        functools.partial(_open, config, index, split, shuffle=False),
+    )
+
+
+def _sample_bytes(config: Config) -> int:
+    return 3 * config.data.image_size**2
+
+
+def _reader(config: Config, index: Index, batching: Batching, *, augment: bool) -> Reader:
+    layout = Layout(index.columns, index.label_kind, index.classes)
+    return Reader(batching, Render(config.data, config.seed, augment), layout)
+
+
+def _open(config: Config, index: Index, split: str, *, shuffle: bool) -> Source:
     chunks = read_chunks(index, split)
-    stream = Stream(
+    order = Stream(
         chunks.sizes,
         digest=index.digest,
         seed=config.seed,
         window_chunks=config.data.window_chunks,
-        shuffle=False,
+        shuffle=shuffle,
     )
-    batching = Batching.for_evaluation(
-        samples=stream.num_samples,
-        passes=passes,
-        num_workers=num_workers,
-        max_batch=config.data.eval_batch,
-    )
-    return Feed(chunks, stream, batching, Render(config.data, config.seed, augment=False))
+    return Source(order, chunks.locate)

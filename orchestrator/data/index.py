@@ -1,28 +1,31 @@
 """Which chunks exist: the index of a packed data set, its writing, reading and digest.
 
 A packed folder holds `INDEX.json` (written last: without it there is no data set), a Parquet table
-with one row a shard, and the shards. Everything is named relative to the folder, so a copy of it is
-the same data set, with the same digest and therefore the same order of samples.
+with one row a shard (shard_table.py), and the shards. Everything packed is named relative to the
+folder, so a copy of it is the same data set, with the same digest and so the same order of samples.
+
+`INDEX.json` is small whatever the number of images; only the process that plans reads the table.
 """
 
 import dataclasses
-import hashlib
-import io
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
 
 from orchestrator import storage
 from orchestrator.config import UserError
+from orchestrator.data import shard_table
+from orchestrator.data.shard_table import Shard as Shard
+from orchestrator.data.shard_table import ShardColumns as ShardColumns
+from orchestrator.data.shard_table import Split as Split
 from orchestrator.data.stream import ChunkSizes, Ints
 
 INDEX_FILE = "INDEX.json"
-FORMAT = 1
+FORMAT = 2
+LabelKind = Literal["class", "multi", "float", "none"]
 SHARD_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -33,46 +36,10 @@ SHARD_SCHEMA = pa.schema(
         ("checksum", pa.uint64()),  # xxh3_64 of the image's bytes
     ]
 )
-_TABLE_SCHEMA = pa.schema(
-    [
-        ("split", pa.string()),
-        ("path", pa.string()),
-        ("rows", pa.int64()),
-        ("bytes", pa.int64()),
-        ("content", pa.uint64()),
-        ("chunk_rows", pa.list_(pa.int32())),
-    ]
-)
 # Shards whose size is compared with the index before a run: enough to notice a data set that was
 # overwritten, few enough (64 requests) to cost a second at any scale. Every chunk is checked when
 # it is read.
 _SAMPLED_SHARDS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One Parquet file of encoded images."""
-
-    split: str
-    """train, val or test."""
-    path: str
-    """Relative to the packed folder."""
-    rows: int
-    bytes: int
-    content: int
-    """xxh3_64 over the checksums of its images, in order."""
-    chunk_rows: tuple[int, ...]
-    """Rows of each row group."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Totals of one split."""
-
-    samples: int
-    chunks: int
-    shards: int
-    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +50,30 @@ class Index:
     digest: str
     classes: tuple[str, ...]
     splits: dict[str, Split]
+    """Totals by name, in the order in which the shard table holds them."""
     settings: dict[str, Any]
     """What it was packed with: source, row group size, fractions."""
     quarantined: int
     """Images left out because they could not be read; the reasons are in `quarantine.parquet`."""
     table: str
     """File name of the shard table."""
+    label_kind: LabelKind
+    """One class, several, a number, or nothing at all for each image."""
+    columns: dict[str, str]
+    """What we call a column of the shards -> its name there; `image.bytes` is a struct's field."""
+    class_samples: tuple[int, ...]
+    """Training samples of each class, or nothing where they were not counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRef:
+    """Where one chunk lies."""
+
+    uri: str
+    """Of its shard."""
+    group: int
+    """Number of its row group there."""
+    rows: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,73 +83,104 @@ class Chunks:
     uri: str
     sizes: ChunkSizes
     paths: pa.Array
-    """Relative shard paths, strings, shape (shards,)."""
+    """Shard paths, strings, shape (shards,)."""
     first_chunk: Ints
     """Number of each shard's first chunk, and the total last, shape (shards + 1,)."""
 
-    def locate(self, chunk: int) -> tuple[str, int]:
-        """Return the shard's URI and the row group of a chunk."""
-        shard = int(np.searchsorted(self.first_chunk, chunk, side="right")) - 1
-        uri = storage.join(self.uri, self.paths[shard].as_py())
-        return uri, chunk - int(self.first_chunk[shard])
+    def locate(self, chunks: Ints) -> list[ChunkRef]:
+        """Return where each of the chunk numbers, shape (n,), lies."""
+        shards = np.searchsorted(self.first_chunk, chunks, side="right") - 1
+        groups = (chunks - self.first_chunk[shards]).tolist()
+        rows = self.sizes.rows(chunks).tolist()
+        paths = self.paths.take(pa.array(shards)).to_pylist()
+        uris = [_shard_uri(self.uri, path) for path in paths]
+        return [ChunkRef(*ref) for ref in zip(uris, groups, rows, strict=True)]
+
+
+def _shard_uri(folder: str, path: str) -> str:
+    return path if "://" in path or path.startswith("/") else storage.join(folder, path)
 
 
 def write_index(
     uri: str,
     *,
     classes: Iterable[str],
-    shards: Iterable[Shard],
+    shards: Iterable[Shard] | ShardColumns,
     settings: dict[str, Any],
     quarantined: int,
+    label_kind: LabelKind = "class",
+    columns: Mapping[str, str] | None = None,
+    class_samples: Sequence[int] = (),
 ) -> Index:
-    """Write the shard table, then `INDEX.json`, and return the index."""
-    ordered = sorted(shards, key=lambda shard: (shard.split, shard.path))
+    """Write the shard table, then `INDEX.json`, and return the index.
+
+    Args:
+        uri: the packed folder.
+        classes: their names, by label.
+        shards: in any order; their columns where there are too many for objects.
+        settings: what decides that packing again would give the same.
+        quarantined: images left out.
+        label_kind: what a label is.
+        columns: names of the shards' columns; None: those that packing writes.
+        class_samples: training samples by label.
+
+    Raises:
+        UserError: there is nothing to train on, or a label has no class.
+    """
+    table = (shards if isinstance(shards, ShardColumns) else ShardColumns(shards)).table()
     class_names = tuple(classes)
-    digest = _digest(class_names, ordered)
+    _check(uri, table, class_names, class_samples)
+    if columns is None:
+        columns = {name: name for name in ("id", "image", "label", "checksum")}
+        if label_kind == "none":
+            del columns["label"]
     index = Index(
         uri=uri,
-        digest=digest,
+        digest="",
         classes=class_names,
-        splits=_totals(ordered),
+        splits=shard_table.totals(table),
         settings=settings,
         quarantined=quarantined,
-        table=f"shards-{digest[:16]}.parquet",
+        table="",
+        label_kind=label_kind,
+        columns=dict(columns),
+        class_samples=tuple(class_samples),
     )
-    rows = [dataclasses.asdict(shard) for shard in ordered]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_TABLE_SCHEMA), buffer)
-    storage.write_atomic(storage.join(uri, index.table), buffer.getvalue())
+    digest = shard_table.digest(_head(index), [table])
+    index = dataclasses.replace(index, digest=digest, table=f"shards-{digest[:16]}.parquet")
+    shard_table.write_table(storage.join(uri, index.table), table)
     content = {"format": FORMAT, **dataclasses.asdict(index)}
     del content["uri"]
     storage.write_atomic(storage.join(uri, INDEX_FILE), json.dumps(content, indent=1).encode())
     return index
 
 
-def _totals(shards: list[Shard]) -> dict[str, Split]:
-    splits: dict[str, Split] = {}
-    for shard in shards:
-        total = splits.get(shard.split, Split(0, 0, 0, 0))
-        splits[shard.split] = Split(
-            total.samples + shard.rows,
-            total.chunks + len(shard.chunk_rows),
-            total.shards + 1,
-            total.bytes + shard.bytes,
+def _check(
+    uri: str, table: pa.Table, classes: tuple[str, ...], class_samples: Sequence[int]
+) -> None:
+    if not table.num_rows:
+        raise UserError(
+            f"{uri} would be an index without chunks, since there is no shard; check that the "
+            "source holds images."
         )
-    return splits
+    if class_samples and len(class_samples) != len(classes):
+        raise UserError(
+            f"the labels of {uri} go up to {len(class_samples) - 1} but there are only "
+            f"{len(classes)} class names; name them all, or correct the labels."
+        )
 
 
-def _digest(classes: tuple[str, ...], shards: list[Shard]) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, classes]).encode())
-    for shard in shards:
-        digest.update(json.dumps(dataclasses.astuple(shard)).encode())
-    return digest.hexdigest()
+def _head(index: Index) -> str:
+    """Return what decides training besides the shards."""
+    columns = sorted(index.columns.items())
+    return json.dumps([FORMAT, index.classes, index.label_kind, columns, index.class_samples])
 
 
 def read_index(uri: str) -> Index:
     """Read the index of a packed folder.
 
     Raises:
-        UserError: there is none, or it was written by another version.
+        UserError: there is none, or it was written by another version, or it is empty.
         StorageError: it cannot be read.
     """
     location = storage.join(uri, INDEX_FILE)
@@ -175,37 +191,44 @@ def read_index(uri: str) -> Index:
         )
     try:
         content = json.loads(storage.read_bytes(location))
-        if content.pop("format") != FORMAT:
-            raise UserError(f"{location} has another format than {FORMAT}; pack the data again.")
+        if (found := content.pop("format")) != FORMAT:
+            raise UserError(
+                f"{location} has format {found!r}, not {FORMAT}; pack the data again, into another "
+                "folder."
+            )
         splits = {name: Split(**split) for name, split in content.pop("splits").items()}
         classes = tuple(content.pop("classes"))
-        return Index(uri=uri, classes=classes, splits=splits, **content)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        counts = tuple(content.pop("class_samples"))
+        index = Index(uri=uri, splits=splits, classes=classes, class_samples=counts, **content)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{location} is damaged ({error!r}); pack the data again.") from error
+    if not all(split.chunks and split.samples for split in splits.values()) or not splits:
+        raise UserError(f"{location} is an index without chunks; pack the data again.")
+    return index
 
 
 def read_shards(index: Index) -> list[Shard]:
-    """Read the shard table and check it against the index's digest.
+    """Read every shard as an object, where there are few, and check the digest first.
 
     Raises:
         UserError: the table no longer has the digest that `INDEX.json` names.
     """
-    rows = _read_table(index).to_pylist()
-    shards = [Shard(**{**row, "chunk_rows": tuple(row["chunk_rows"])}) for row in rows]
-    if _digest(index.classes, shards) != index.digest:
+    _check_digest(index)
+    blocks = shard_table.read_blocks(_table_uri(index))
+    return [shard for block in blocks for shard in shard_table.shards_of(block)]
+
+
+def _table_uri(index: Index) -> str:
+    return storage.join(index.uri, index.table)
+
+
+def _check_digest(index: Index) -> None:
+    found = shard_table.digest(_head(index), shard_table.read_blocks(_table_uri(index)))
+    if found != index.digest:
         raise UserError(
-            f"{storage.join(index.uri, index.table)} does not have the digest "
-            f"{index.digest[:12]} that {INDEX_FILE} names, so one of them was changed; pack again."
+            f"{_table_uri(index)} does not have the digest {index.digest[:12]} that {INDEX_FILE} "
+            "names, so one of them was changed; pack again."
         )
-    return shards
-
-
-def _read_table(index: Index) -> pa.Table:
-    location = storage.join(index.uri, index.table)
-    try:
-        return pq.read_table(io.BytesIO(storage.read_bytes(location)), schema=_TABLE_SCHEMA)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{location} is damaged ({error}); pack the data again.") from error
 
 
 def verify(index: Index) -> None:
@@ -214,37 +237,54 @@ def verify(index: Index) -> None:
     Raises:
         UserError: the shards are no longer those that were indexed.
     """
-    shards = read_shards(index)
-    picks = np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))
-    for shard in (shards[i] for i in picks):
-        location = storage.join(index.uri, shard.path)
-        found = storage.size(location)
-        if found != shard.bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(
-                f"{location} {state} but the index says {shard.bytes} bytes, so the index's digest "
-                "no longer matches its shards; restore the shard or pack again."
-            )
+    _check_digest(index)
+    total = sum(split.shards for split in index.splits.values())
+    picks = np.unique(np.linspace(0, total - 1, _SAMPLED_SHARDS).astype(np.int64))
+    start = 0
+    for block in shard_table.read_blocks(_table_uri(index), columns=["path", "bytes"]):
+        inside = picks[(picks >= start) & (picks < start + block.num_rows)] - start
+        for row in block.take(pa.array(inside)).to_pylist():
+            _check_size(_shard_uri(index.uri, row["path"]), row["bytes"])
+        start += block.num_rows
+
+
+def _check_size(location: str, expected: int) -> None:
+    found = storage.size(location)
+    if found != expected:
+        state = "is missing" if found is None else f"has {found} bytes"
+        raise UserError(
+            f"{location} {state} but the index says {expected} bytes, so the index's digest "
+            "no longer matches its shards; restore the shard or pack again."
+        )
 
 
 def read_chunks(index: Index, split: str) -> Chunks:
     """Read where the chunks of one split lie and how many rows each has.
 
+    Reads five columns of one split's part of the shard table: 70 bytes a shard.
+
     Raises:
-        UserError: the index has no such split.
+        UserError: the index has no such split, or the table is not the one it was written with.
     """
     if split not in index.splits:
         raise UserError(
             f"{index.uri} has no split {split!r}, only {', '.join(index.splits)}; pack it with "
             f"--{split}-fraction above 0."
         )
-    table = _read_table(index)
-    table = table.filter(pa.compute.equal(table["split"], split)).combine_chunks()
-    lengths = pa.compute.list_value_length(table["chunk_rows"]).to_numpy()
-    rows = pa.compute.list_flatten(table["chunk_rows"]).to_numpy()
-    return Chunks(
-        uri=index.uri,
-        sizes=ChunkSizes.from_rows(rows),
-        paths=table["path"].combine_chunks(),
-        first_chunk=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    start = sum(total.shards for name, total in index.splits.items() if name < split)
+    blocks = shard_table.read_blocks(
+        _table_uri(index),
+        columns=shard_table.CHUNK_COLUMNS,
+        start=start,
+        stop=start + index.splits[split].shards,
     )
+    table = pa.concat_tables(blocks)
+    sizes, first_chunk = shard_table.chunk_sizes(table)
+    found = (sizes.num_samples, sizes.num_chunks, table.num_rows)
+    total = index.splits[split]
+    if found != (total.samples, total.chunks, total.shards):
+        raise UserError(
+            f"{_table_uri(index)} has {found[0]} samples of split {split!r} but {INDEX_FILE} says "
+            f"{total.samples}, so one of them was changed; pack again."
+        )
+    return Chunks(index.uri, sizes, table["path"].combine_chunks(), first_chunk)

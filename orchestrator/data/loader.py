@@ -4,6 +4,7 @@ Every block says which positions it holds. They are checked here, at the consume
 order raise and are never trained on.
 """
 
+import bisect
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,8 +17,9 @@ import torch
 from orchestrator.data.batch import MicroBatch
 from orchestrator.data.plan import Batching
 
-# Blocks fetched ahead of the training step by Ray Data's own thread.
-PREFETCH_BLOCKS = 2
+# Blocks fetched ahead of the training step by Ray Data's own thread: one is enough to be decoded
+# and moved while the one before it, which holds several micro-batches, is trained on.
+PREFETCH_BLOCKS = 1
 
 
 class WrongOrderError(RuntimeError):
@@ -36,58 +38,102 @@ class Current:
 
 
 def assemble(
-    blocks: Iterator[pa.Table], batching: Batching, *, rank: int, micro: int
+    blocks: Iterator[pa.Table], batching: Batching, *, rank: int, micro: int, costs: "Costs"
 ) -> Iterator[MicroBatch]:
     """Yield worker `rank`'s micro-batches from number `micro` on, pieces joined, order checked.
+
+    What the blocks say that reading them cost is added to `costs`.
 
     Raises:
         WrongOrderError: a block holds other positions than are due.
     """
     due, _ = batching.bounds(micro)
-    held: list[pa.Table] = []
+    held: list[_Part] = []
     for block in blocks:
         row = {name: block[name][0] for name in block.column_names}
-        found = (row["micro"].as_py(), row["start"].as_py(), row["worker"].as_py())
-        stop, complete = row["stop"].as_py(), row["complete"].as_py()
-        if stop == found[1] and not complete and found[2] == rank:
-            continue  # a filler
-        if found != (micro, due, rank):
-            raise WrongOrderError(
-                f"worker {rank} was dealt (micro-batch, position, worker) {found} "
-                f"where {(micro, due, rank)} was due; the run stops because its order is wrong."
-            )
-        held.append(row)
-        due = stop
-        if complete:
-            yield _join(micro, held, batching)
-            held = []
-            micro += batching.num_workers
-            due, _ = batching.bounds(micro)
+        costs.add(row["cost"].as_py())
+        for part in _parts(row):
+            found = (part.micro, part.start, row["worker"].as_py())
+            if found != (micro, due, rank):
+                raise WrongOrderError(
+                    f"worker {rank} was dealt (micro-batch, position, worker) {found} where "
+                    f"{(micro, due, rank)} was due; the run stops because its order is wrong."
+                )
+            held.append(part)
+            due = part.stop
+            if part.complete:
+                yield _join(micro, held)
+                held = []
+                micro += batching.num_workers
+                due, _ = batching.bounds(micro)
     if held:
         raise WrongOrderError(f"worker {rank} got no end to its micro-batch {micro}.")
 
 
-def _join(micro: int, rows: list[dict[str, Any]], batching: Batching) -> MicroBatch:
+@dataclasses.dataclass
+class Costs:
+    """What reading took so far, in seconds, as the blocks of this worker say."""
+
+    read_s: float = 0.0
+    """Decoding waited for chunks, all read tasks together."""
+    decode_s: float = 0.0
+    slow_s: float = 0.0
+    """The slowest read of one chunk since it was last asked for."""
+    slow_uri: str = ""
+
+    def add(self, cost: dict[str, Any]) -> None:
+        """Add what one round cost."""
+        self.read_s += cost["read_s"]
+        self.decode_s += cost["decode_s"]
+        if cost["slow_s"] > self.slow_s:
+            self.slow_s, self.slow_uri = cost["slow_s"], cost["slow_uri"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """A piece of a micro-batch with its samples."""
+
+    micro: int
+    start: int
+    stop: int
+    complete: bool
+    pixels: torch.Tensor
+    columns: dict[str, list[Any]]
+    bad: list[dict[str, Any]]
+
+
+_PER_SAMPLE = ("positions", "epochs", "labels", "ids")
+
+
+def _parts(row: dict[str, Any]) -> Iterator[_Part]:
+    columns = {name: row[name].as_py() for name in _PER_SAMPLE}
+    bad = row["bad"].as_py()
+    pixels = _pixels(row["pixels"], len(columns["ids"]))
+    first = 0
+    for piece in row["pieces"].as_py():
+        last = bisect.bisect_left(columns["positions"], piece["stop"], lo=first)
+        yield _Part(
+            **piece,
+            pixels=pixels[first:last],
+            columns={name: values[first:last] for name, values in columns.items()},
+            bad=[entry for entry in bad if piece["start"] <= entry["position"] < piece["stop"]],
+        )
+        first = last
+
+
+def _pixels(column: pa.LargeBinaryScalar, count: int) -> torch.Tensor:
+    flat = np.frombuffer(column.as_buffer(), dtype=np.uint8)
+    side = round((flat.size / (3 * count)) ** 0.5) if count else 0
+    return torch.from_numpy(flat.reshape(count, side, side, 3))
+
+
+def _join(micro: int, parts: list[_Part]) -> MicroBatch:
+    columns = {name: [v for part in parts for v in part.columns[name]] for name in _PER_SAMPLE}
+    filled = [part.pixels for part in parts if len(part.pixels)] or [parts[0].pixels]
+    pixels = filled[0] if len(filled) == 1 else torch.cat(filled)
     return MicroBatch(
-        micro=micro,
-        pixels=_pixels(rows),
-        positions=[p for row in rows for p in row["positions"].as_py()],
-        labels=[label for row in rows for label in row["labels"].as_py()],
-        ids=[i for row in rows for i in row["ids"].as_py()],
-        bad=[b for row in rows for b in row["bad"].as_py()],
-        bad_position=batching.bounds(micro)[0],
+        micro=micro, pixels=pixels, bad=[b for part in parts for b in part.bad], **columns
     )
-
-
-def _pixels(rows: list[dict[str, Any]]) -> torch.Tensor:
-    parts = []
-    for row in rows:
-        count = len(row["ids"])
-        flat = np.frombuffer(row["pixels"].as_buffer(), dtype=np.uint8)
-        side = round((flat.size / (3 * count)) ** 0.5) if count else 0
-        parts.append(torch.from_numpy(flat.reshape(count, side, side, 3)))
-    parts = [part for part in parts if len(part)] or parts[:1]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 OpenSegment = Callable[[int], tuple[Iterator[pa.Table], int]]
@@ -120,6 +166,7 @@ class Loader:
         self.current: Current | None = None
         self.waited_s = 0.0
         """Seconds spent waiting for blocks so far."""
+        self.costs = Costs()
         self._rank = rank
         self._step = step
         self._open_segment = open_segment
@@ -138,7 +185,9 @@ class Loader:
         while self._step < self.batching.num_steps:
             blocks, stop_step = self._open_segment(self._step)
             micro = self._step * self.batching.micro_batches + self._rank
-            for batch in assemble(blocks, self.batching, rank=self._rank, micro=micro):
+            for batch in assemble(
+                blocks, self.batching, rank=self._rank, micro=micro, costs=self.costs
+            ):
                 yield batch
                 micro = batch.micro + self.batching.num_workers
             if micro != stop_step * self.batching.micro_batches + self._rank:

@@ -4,17 +4,22 @@ A step's samples are cut into `num_workers * accumulation` micro-batches of cons
 whose sizes differ by at most one; micro-batch k belongs to worker k mod num_workers. So samples are
 consumed in stream order whatever the number of workers, and a reader holds one window at a time.
 
-A read task covers whole windows, so that no chunk is read twice. Where a task ends inside a
-micro-batch, that micro-batch travels in two *pieces*. Ray Data deals blocks to workers in strict
-round robin; `num_workers - 1` empty *fillers* between two pieces bring the second to the worker
-that holds the first.
+A read task covers whole windows, so that no chunk is read twice. It yields *rounds*: one block for
+each worker, with the worker's next micro-batches. Ray Data deals blocks to workers in strict round
+robin, so every block of a round reaches its worker. Where a task ends inside a round, the round is
+cut there, and a micro-batch may travel in two *pieces*.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
-from orchestrator.data.stream import Stream
+from orchestrator.data.stream import Order, Window
 
+# Pixels of one block. A block costs Ray Data some 20 ms of CPU whatever its size (two cores, 90
+# empty blocks a second), decoding these pixels about 500 ms; more would only delay the first batch.
+BLOCK_BYTES = 32 << 20
+# Of small images no more than this many micro-batches, so that a worker starts soon.
+_MAX_BLOCK_BATCHES = 16
 # Rows a read task aims at: several micro-batches, so that a task's fixed cost (about 10 ms) does
 # not show, and few enough that its pixels (150 MB at 224 x 224) fit the object store many times.
 TASK_ROWS = 1024
@@ -34,27 +39,44 @@ class Batching:
     num_workers: int
     accumulation: int
     """Micro-batches of one worker in one step."""
+    block_batches: int = 1
+    """Micro-batches of one worker that travel in one block."""
 
     @classmethod
     def for_training(
-        cls, *, total: int, global_batch: int, num_workers: int, max_micro_batch: int
+        cls,
+        *,
+        total: int,
+        global_batch: int,
+        num_workers: int,
+        max_micro_batch: int,
+        sample_bytes: int = BLOCK_BYTES,
     ) -> "Batching":
         """Derive the accumulation from the user's global batch."""
         accumulation = -(-global_batch // (num_workers * max_micro_batch))
-        return cls(total, global_batch, num_workers, accumulation)
+        micro_batch = -(-global_batch // (num_workers * accumulation))
+        together = _block_batches(micro_batch * sample_bytes)
+        return cls(total, global_batch, num_workers, accumulation, together)
 
     @classmethod
     def for_evaluation(
-        cls, *, samples: int, passes: int, num_workers: int, max_batch: int
+        cls,
+        *,
+        samples: int,
+        passes: int,
+        num_workers: int,
+        max_batch: int,
+        sample_bytes: int = BLOCK_BYTES,
     ) -> "Batching":
         """Make one "step" of each pass over the split, every worker with equally many batches.
 
         No batch is empty as long as there are at least as many samples as workers.
         """
         batches = -(-samples // (num_workers * max_batch))
-        return cls(
-            samples * passes, samples, num_workers, max(1, min(batches, samples // num_workers))
-        )
+        accumulation = max(1, min(batches, samples // num_workers))
+        micro_batch = -(-samples // (num_workers * accumulation))
+        together = _block_batches(micro_batch * sample_bytes)
+        return cls(samples * passes, samples, num_workers, accumulation, together)
 
     @property
     def micro_batches(self) -> int:
@@ -95,21 +117,24 @@ class Batching:
         return num_good * self.micro_batches / (stop - start)
 
 
+def _block_batches(micro_batch_bytes: int) -> int:
+    return min(_MAX_BLOCK_BATCHES, max(1, round(BLOCK_BYTES / micro_batch_bytes)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Consecutive positions of one micro-batch, or a filler (start == stop and not complete)."""
+    """Consecutive positions of one micro-batch."""
 
     micro: int
-    worker: int
     start: int
     stop: int
     complete: bool
     """Whether the micro-batch ends here."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """What one Ray Data read task yields: the positions [start, stop) as pieces."""
+    """What one Ray Data read task yields: the positions [start, stop) as rounds of blocks."""
 
     start: int
     stop: int
@@ -117,49 +142,51 @@ class Task:
     """The first micro-batch it yields a piece of."""
     stop_micro: int
     """One more than the last."""
+    windows: tuple[Window, ...]
+    """The windows that hold [start, stop), in order; the first and last may reach beyond."""
 
 
-def tasks(stream: Stream, batching: Batching, *, step: int, stop_step: int) -> list[Task]:
-    """Return the read tasks of steps [step, stop_step): whole windows, but for both ends."""
+def tasks(order: Order, batching: Batching, *, step: int, stop_step: int) -> Iterator[Task]:
+    """Yield the read tasks of steps [step, stop_step): whole windows, but for both ends."""
     position, _ = batching.step_bounds(step)
     end = batching.step_bounds(stop_step - 1)[1]
     micro, last = step * batching.micro_batches, stop_step * batching.micro_batches
-    out = []
     while position < end:
-        stop = _task_stop(stream, position, end)
+        windows = tuple(_windows(order, position, end))
+        stop = min(windows[-1].stop, end)
         following = micro
         while following < last and batching.bounds(following)[1] <= stop:
             following += 1
         split = following < last and batching.bounds(following)[0] < stop
-        out.append(Task(position, stop, micro, following + split))
+        yield Task(position, stop, micro, following + split, windows)
         position, micro = stop, following
-    return out
 
 
-def _task_stop(stream: Stream, start: int, end: int) -> int:
-    stop = stream.window_at(start).stop
-    while stop < end and stop - start < TASK_ROWS:
-        following = stream.window_at(stop).stop
-        if following - start > 2 * TASK_ROWS:
-            break
-        stop = following
-    return min(stop, end)
+def _windows(order: Order, start: int, end: int) -> Iterator[Window]:
+    """Yield a task's windows: at least one, and as many more as bring it near `TASK_ROWS`."""
+    window = order.window_at(start)
+    yield window
+    while window.stop < end and window.stop - start < TASK_ROWS:
+        window = order.window_at(window.stop)
+        if window.stop - start > 2 * TASK_ROWS:
+            return
+        yield window
 
 
-def pieces(task: Task, batching: Batching) -> Iterator[Piece]:
-    """Yield a task's pieces and fillers, in the order in which Ray Data must deal them."""
-    for micro in range(task.micro, task.stop_micro):
-        start, stop = batching.bounds(micro)
-        complete = stop <= task.stop
-        worker = batching.worker(micro)
-        yield Piece(micro, worker, max(start, task.start), min(stop, task.stop), complete)
-        if not complete:
-            for other in range(1, batching.num_workers):
-                filler = (worker + other) % batching.num_workers
-                yield Piece(micro, filler, task.stop, task.stop, complete=False)
+def rounds(task: Task, batching: Batching) -> Iterator[list[list[Piece]]]:
+    """Yield a task's rounds: for each worker, in rank order, the pieces that its block holds."""
+    together = batching.num_workers * batching.block_batches
+    for number in range(task.micro // together, -(-task.stop_micro // together)):
+        blocks: list[list[Piece]] = [[] for _ in range(batching.num_workers)]
+        first = max(task.micro, number * together)
+        for micro in range(first, min(task.stop_micro, (number + 1) * together)):
+            start, stop = batching.bounds(micro)
+            piece = Piece(micro, max(start, task.start), min(stop, task.stop), stop <= task.stop)
+            blocks[batching.worker(micro)].append(piece)
+        yield blocks
 
 
-def segment_steps(stream: Stream, batching: Batching, step: int) -> int:
+def segment_stop(order: Order, batching: Batching, step: int) -> int:
     """Return the step before which the Ray Data execution that starts at `step` ends."""
-    rows = SEGMENT_TASKS * max(TASK_ROWS, stream.sizes.usual_rows * stream.window_chunks)
+    rows = SEGMENT_TASKS * max(TASK_ROWS, order.usual_window)
     return min(batching.num_steps, step + max(1, rows // batching.step_samples))

@@ -1,47 +1,67 @@
-"""What one read task does: read the chunks of its windows, decode, and yield micro-batches.
+"""What one read task does: decode the samples of its windows and yield them as blocks.
 
 Runs inside Ray Data's read tasks but needs no Ray: bytes in, Arrow tables out. One table is one
-block with one row: a piece of one micro-batch, its pixels as one contiguous uint8 buffer
+block with one row: a worker's part of a round, its pixels as one contiguous uint8 buffer
 (n, S, S, 3) that the worker maps without a copy.
 """
 
 import dataclasses
 import functools
-import os
+import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
-from orchestrator import storage
-from orchestrator.config import DataConfig, UserError
-from orchestrator.data import plan
-from orchestrator.data.decode import BadImage, Crop, center_crop, decode, random_crop
-from orchestrator.data.index import Chunks
-from orchestrator.data.stream import Stream, WindowSlice, hash_key
+from orchestrator.config import DataConfig
+from orchestrator.data import fetch, plan
+from orchestrator.data.crop import Crop, center_crop, random_crop
+from orchestrator.data.decode import BadImage, decode
+from orchestrator.data.fetch import Cost, Layout, Sample, Work
+from orchestrator.data.stream import hash_key
 
-BLOCK_SCHEMA = pa.schema(
-    [
-        ("micro", pa.int64()),
-        ("worker", pa.int32()),
-        ("start", pa.int64()),
-        ("stop", pa.int64()),
-        ("complete", pa.bool_()),
-        ("pixels", pa.large_binary()),
-        ("positions", pa.list_(pa.int64())),
-        ("labels", pa.list_(pa.int64())),
-        ("ids", pa.list_(pa.string())),
-        # Images that could not be decoded: they are in none of the columns above.
-        ("bad", pa.list_(pa.struct([(n, pa.string()) for n in ("id", "uri", "reason")]))),
-    ]
+_LABEL_TYPES = {
+    "class": pa.int64(),
+    "multi": pa.list_(pa.int32()),
+    "float": pa.float64(),
+    "none": pa.null(),
+}
+_PIECE = pa.struct(
+    [("micro", pa.int64()), ("start", pa.int64()), ("stop", pa.int64()), ("complete", pa.bool_())]
 )
-_COLUMNS = ["id", "image", "label", "checksum"]
-# Footers of shards, kept by each read process: a window's chunks come from many shards.
-_CACHED_FOOTERS = 256
+_BAD = pa.struct(
+    [(name, pa.string()) for name in ("id", "uri", "reason", "first_bytes")]
+    + [("position", pa.int64()), ("epoch", pa.int64())]
+)
+_COST = pa.struct(
+    [(name, pa.float64()) for name in ("read_s", "decode_s", "slow_s")]
+    + [("slow_uri", pa.string())]
+)
+# Of a bad image, shown where it is listed: enough to see what it is instead.
+_FIRST_BYTES = 16
+
+
+def block_schema(label_kind: str) -> pa.Schema:
+    """Return the columns of a block."""
+    return pa.schema(
+        [
+            ("worker", pa.int32()),
+            ("pieces", pa.list_(_PIECE)),
+            ("pixels", pa.large_binary()),
+            ("positions", pa.list_(pa.int64())),
+            ("epochs", pa.list_(pa.int64())),
+            ("labels", pa.list_(_LABEL_TYPES[label_kind])),
+            ("ids", pa.list_(pa.string())),
+            # Images that could not be decoded: they are in none of the four columns above.
+            ("bad", pa.list_(_BAD)),
+            # Of the whole round, in the block of its first worker.
+            ("cost", _COST),
+        ]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,138 +86,98 @@ class Render:
             key=hash_key("augment", self.seed, epoch, sample_id),
         )
 
+    def decode(self, sample: Sample, out: npt.NDArray[np.uint8]) -> None:
+        """Write the part of a sample that is shown into `out`, uint8 (S, S, 3).
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One encoded image at its place in the stream."""
-
-    position: int
-    epoch: int
-    id: str
-    label: int
-    image: bytes
-    checksum: int
-    uri: str
+        Raises:
+            BadImage: it cannot be decoded, or is not what was packed.
+        """
+        checksum = sample.checksum
+        if checksum is not None and xxhash.xxh3_64_intdigest(sample.image) != checksum:
+            raise BadImage("checksum", "the bytes differ from those that were packed")
+        decode(
+            sample.image,
+            out,
+            functools.partial(self.crop, epoch=sample.epoch, sample_id=sample.id),
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Feed:
-    """All that a read task needs: where the bytes lie, in which order, and what becomes of them."""
+class Reader:
+    """All that a reading process needs to know of a run, but for the work itself."""
 
-    chunks: Chunks
-    stream: Stream
     batching: plan.Batching
     render: Render
+    layout: Layout
 
-    def blocks(self, task: plan.Task) -> Iterator[pa.Table]:
-        """Yield the task's pieces and fillers as one-row tables of `BLOCK_SCHEMA`."""
-        samples = self.samples(task.start, task.stop)
-        for piece in plan.pieces(task, self.batching):
-            size = piece.stop - piece.start
-            yield self._block(piece, [next(samples) for _ in range(size)])
+    def blocks(self, work: Work) -> Iterator[pa.Table]:
+        """Yield the work's rounds, a block for each worker in rank order, as one-row tables."""
+        cost = Cost()
+        samples = fetch.samples(work, self.layout, cost)
+        schema = block_schema(self.layout.label_kind)
+        for round_pieces in plan.rounds(work.task, self.batching):
+            blocks = [_Block(worker, mine, self.render) for worker, mine in enumerate(round_pieces)]
+            self._fill(blocks, samples, cost)
+            for block in blocks:
+                yield block.table(schema, cost if block.worker == 0 else Cost())
+            cost.reset()
 
-    def samples(self, start: int, stop: int) -> Iterator[Sample]:
-        """Yield the samples at positions [start, stop), holding one window's chunks at a time."""
-        for part in self.stream.windows(start, stop):
-            tables = {int(i): self._read(int(part.chunks[i])) for i in np.unique(part.chunk)}
-            yield from self._window_samples(part, tables)
+    def _fill(self, blocks: list["_Block"], samples: Iterator[Sample], cost: Cost) -> None:
+        pieces = [(piece, block) for block in blocks for piece in block.pieces]
+        for piece, block in sorted(pieces, key=lambda pair: pair[0].micro):
+            for sample in itertools.islice(samples, piece.stop - piece.start):
+                began = time.perf_counter()
+                block.add(sample)
+                cost.decode_s += time.perf_counter() - began
 
-    def _window_samples(
-        self, part: WindowSlice, tables: dict[int, dict[str, Any]]
-    ) -> Iterator[Sample]:
-        for offset, (chunk, row) in enumerate(
-            zip(part.chunk.tolist(), part.row.tolist(), strict=True)
-        ):
-            table = tables[chunk]
-            yield Sample(
-                position=part.start + offset,
-                epoch=part.epoch,
-                id=table["id"][row].as_py(),
-                label=table["label"][row].as_py(),
-                image=table["image"][row].as_py(),
-                checksum=table["checksum"][row].as_py(),
-                uri=f"{table['uri']}#{row}",
+
+class _Block:
+    """A worker's part of a round while it is filled."""
+
+    def __init__(self, worker: int, pieces: list[plan.Piece], render: Render) -> None:
+        self.worker = worker
+        self.pieces = pieces
+        self._render = render
+        self._good: list[Sample] = []
+        self._bad: list[dict[str, Any]] = []
+        side = render.data.image_size
+        room = sum(piece.stop - piece.start for piece in pieces)
+        self._pixels = np.empty((room, side, side, 3), dtype=np.uint8)
+
+    def add(self, sample: Sample) -> None:
+        """Decode a sample; one that is bad is noted and leaves no gap."""
+        try:
+            self._render.decode(sample, self._pixels[len(self._good)])
+        except BadImage as error:
+            self._bad.append(
+                {
+                    "id": sample.id,
+                    "uri": sample.uri,
+                    "reason": str(error),
+                    "first_bytes": bytes(sample.image[:_FIRST_BYTES]).hex(),
+                    "position": sample.position,
+                    "epoch": sample.epoch,
+                }
             )
+        else:
+            self._good.append(sample)
 
-    def _read(self, chunk: int) -> dict[str, Any]:
-        uri, group = self.chunks.locate(chunk)
-        rows = int(self.chunks.sizes.rows(np.array([chunk]))[0])
-        return {"uri": f"{uri}#{group}", **read_chunk(uri, group, rows)}
-
-    def _block(self, piece: plan.Piece, samples: list[Sample]) -> pa.Table:
-        side = self.render.data.image_size
-        pixels = np.empty((len(samples), side, side, 3), dtype=np.uint8)
-        good: list[Sample] = []
-        bad: list[dict[str, str]] = []
-        for sample in samples:
-            try:
-                self._decode(sample, pixels[len(good)])
-                good.append(sample)
-            except BadImage as error:
-                bad.append({"id": sample.id, "uri": sample.uri, "reason": str(error)})
-        return _table(piece, pixels[: len(good)], good, bad)
-
-    def _decode(self, sample: Sample, out: npt.NDArray[np.uint8]) -> None:
-        if xxhash.xxh3_64_intdigest(sample.image) != sample.checksum:
-            raise BadImage("checksum", "the bytes differ from those that were packed")
-        crop = functools.partial(self.render.crop, epoch=sample.epoch, sample_id=sample.id)
-        decode(sample.image, out, crop)
-
-
-def _table(
-    piece: plan.Piece, pixels: npt.NDArray[np.uint8], good: list[Sample], bad: list[dict[str, str]]
-) -> pa.Table:
-    # The buffer is handed over without a copy; Ray copies it once, into shared memory.
-    offsets = pa.py_buffer(np.array([0, pixels.nbytes], dtype=np.int64))
-    column = pa.Array.from_buffers(
-        pa.large_binary(), 1, [None, offsets, pa.py_buffer(pixels.reshape(-1))]
-    )
-    row = {
-        "micro": [piece.micro],
-        "worker": [piece.worker],
-        "start": [piece.start],
-        "stop": [piece.stop],
-        "complete": [piece.complete],
-        "pixels": column,
-        "positions": [[sample.position for sample in good]],
-        "labels": [[sample.label for sample in good]],
-        "ids": [[sample.id for sample in good]],
-        "bad": [bad],
-    }
-    return pa.table(row, schema=BLOCK_SCHEMA)
-
-
-def read_chunk(uri: str, group: int, rows: int) -> dict[str, pa.Array]:
-    """Read one row group: columns id, image, label, checksum as Arrow arrays of `rows` values.
-
-    Raises:
-        UserError: the shard is not the one that was indexed.
-    """
-    try:
-        with storage.open_input(uri) as file:
-            shard = pq.ParquetFile(file, metadata=_footer(uri, os.getpid()), pre_buffer=True)
-            table = shard.read_row_group(group, columns=_COLUMNS, use_threads=False)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, IndexError) as error:
-        raise UserError(
-            f"{uri} row group {group} cannot be read ({_first_line(error)}), so the shard is not "
-            "the one that was indexed; restore it or pack again."
-        ) from error
-    missing = [name for name in _COLUMNS if name not in table.column_names]
-    if missing:
-        raise UserError(f"{uri} has no column {missing[0]!r}; pack the data again.")
-    if table.num_rows != rows:
-        raise UserError(
-            f"{uri} row group {group} has {table.num_rows} rows but the index says {rows}, so the "
-            "index's digest no longer matches its shards; restore the shard or pack again."
+    def table(self, schema: pa.Schema, cost: Cost) -> pa.Table:
+        """Return the block; its pixels are not copied."""
+        pixels = self._pixels[: len(self._good)]
+        offsets = pa.py_buffer(np.array([0, pixels.nbytes], dtype=np.int64))
+        column = pa.Array.from_buffers(
+            pa.large_binary(), 1, [None, offsets, pa.py_buffer(pixels.reshape(-1))]
         )
-    return {name: table[name].combine_chunks() for name in _COLUMNS}
-
-
-@functools.lru_cache(maxsize=_CACHED_FOOTERS)
-def _footer(uri: str, pid: int) -> pq.FileMetaData:
-    with storage.open_input(uri) as file:
-        return pq.read_metadata(file)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        row = {
+            "worker": [self.worker],
+            "pieces": [[dataclasses.asdict(piece) for piece in self.pieces]],
+            "pixels": column,
+            "positions": [[sample.position for sample in self._good]],
+            "epochs": [[sample.epoch for sample in self._good]],
+            "labels": [[sample.label for sample in self._good]],
+            "ids": [[sample.id for sample in self._good]],
+            "bad": [self._bad],
+            "cost": [dataclasses.asdict(cost)],
+        }
+        return pa.table(row, schema=schema)

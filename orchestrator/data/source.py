@@ -1,12 +1,13 @@
 """Stream -> Ray Dataset -> one iterator for each worker. The only place where Ray Data is tuned.
 
 A dataset covers a *segment* of the stream: some thousand read tasks, one Ray Data execution. Its
-blocks have one row each, a piece of one micro-batch, and Ray Data deals them to the workers in
+blocks have one row each, a worker's part of a round, and Ray Data deals them to the workers in
 strict round robin. Three settings make that so (tried on Ray 2.60.0): `preserve_order`, a target
 block size of one byte, under which blocks are neither merged nor split, and `equal=True`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -22,13 +23,16 @@ from ray.data import (
 )
 from ray.data.block import BlockMetadata
 
-from orchestrator.data import plan
-from orchestrator.data.render import Feed
+from orchestrator.data.feeds import Feed
+from orchestrator.data.fetch import Work
+from orchestrator.data.render import Reader
 
 # Pixels that may lie ready in the object store, as a multiple of what the read tasks that run at
 # once produce: enough to ride out a slow task, small enough never to spill.
 _BUFFERED_TASKS = 2
 _MIN_BUFFER_BYTES = 64 << 20
+# Of one run: training and validation; of a sweep's trials that a process served lately.
+_KEPT_READERS = 8
 # A reader of training data and one of validation data add up to one CPU; see `Placement.beside`.
 _READER_CPUS = 0.9
 
@@ -84,9 +88,9 @@ class Placement:
 class StreamSource(Datasource):  # type: ignore[misc]
     """A segment of the stream as a Ray Data source."""
 
-    def __init__(self, feed: "ray.ObjectRef[Feed]", tasks: list[plan.Task]) -> None:
-        self._feed = feed
-        self._tasks = tasks
+    def __init__(self, reader: "ray.ObjectRef[Reader]", works: list[Work]) -> None:
+        self._reader = reader
+        self._works = works
 
     def estimate_inmemory_data_size(self) -> None:
         """Return nothing: Ray Data shall not size tasks itself."""
@@ -98,28 +102,22 @@ class StreamSource(Datasource):  # type: ignore[misc]
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
         """Return one read task for each planned task, whatever `parallelism` is asked for."""
-        return [self._read_task(task) for task in self._tasks]
-
-    def _read_task(self, task: plan.Task) -> ReadTask:
-        feed = self._feed
-
-        def read() -> Iterable[pa.Table]:
-            return _feed(feed).blocks(task)
-
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(read, unknown)
+        return [_read_task(self._reader, work) for work in self._works]
 
 
-_feeds: dict[str, Feed] = {}
+def _read_task(reader: "ray.ObjectRef[Reader]", work: Work) -> ReadTask:
+    def read() -> Iterable[pa.Table]:
+        return _reader(reader).blocks(work)
+
+    unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+    return ReadTask(read, unknown)
 
 
-def _feed(reference: "ray.ObjectRef[Feed]") -> Feed:
-    # A read process serves many tasks of one feed; its orders and tables are built once.
-    key = reference.hex()
-    if key not in _feeds:
-        _feeds.clear()
-        _feeds[key] = ray.get(reference)
-    return _feeds[key]
+@functools.lru_cache(maxsize=_KEPT_READERS)
+def _reader(reference: "ray.ObjectRef[Reader]") -> Reader:
+    # A read process serves many tasks, of training and validation in turn.
+    reader: Reader = ray.get(reference)
+    return reader
 
 
 def split_segment(
@@ -127,24 +125,24 @@ def split_segment(
 ) -> list[DataIterator]:
     """Start reading steps [step, stop_step) and return one iterator of blocks for each worker.
 
-    Iterator r yields, in order, the micro-batches r, r + n, r + 2n, ... of n workers.
+    Iterator r yields, in order, the blocks with the micro-batches r, r + n, r + 2n, ... of n
+    workers.
     """
-    tasks = plan.tasks(feed.stream, feed.batching, step=step, stop_step=stop_step)
-    source = StreamSource(ray.put(feed), tasks)
+    works = list(feed.works(step=step, stop_step=stop_step))
     dataset = ray.data.read_datasource(
-        source,
-        override_num_blocks=len(tasks),
+        StreamSource(ray.put(feed.reader), works),
+        override_num_blocks=len(works),
         compute=TaskPoolStrategy(size=placement.slots),
         num_cpus=placement.cpus,
     )
-    _tune(dataset.context, feed, placement, tasks)
+    _tune(dataset.context, feed, placement, works)
     iterators: list[DataIterator] = dataset.streaming_split(feed.batching.num_workers, equal=True)
     return iterators
 
 
-def _tune(context: DataContext, feed: Feed, placement: Placement, tasks: list[plan.Task]) -> None:
-    side = feed.render.data.image_size
-    task_bytes = max(task.stop - task.start for task in tasks) * side * side * 3
+def _tune(context: DataContext, feed: Feed, placement: Placement, works: list[Work]) -> None:
+    side = feed.reader.render.data.image_size
+    task_bytes = max(work.task.stop - work.task.start for work in works) * side * side * 3
     buffer = max(_MIN_BUFFER_BYTES, _BUFFERED_TASKS * placement.slots * task_bytes)
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True

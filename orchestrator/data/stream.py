@@ -12,7 +12,8 @@ with Arbitrary Finite Domains", CT-RSA 2002, section 4); the mixer is splitmix64
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -138,28 +139,53 @@ class ChunkSizes:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class WindowSlice:
-    """A run of consecutive positions inside one window."""
+class Window:
+    """Consecutive positions of the stream whose samples are shuffled together.
 
-    epoch: int
-    window: int
+    Its samples come in sections, each a run of rows of one chunk.
+    """
+
     start: int
-    """Stream position of the first sample."""
-    chunks: Ints
-    """Numbers of the window's chunks, shape (c,)."""
+    """Stream position of its first sample."""
+    stop: int
+    key: int | None
+    """Permutes its samples; None leaves them in the order of the sections."""
     chunk: Ints
-    """For each sample, the index into `chunks` of the chunk it lies in, shape (n,)."""
-    row: Ints
-    """For each sample, its row inside that chunk, shape (n,)."""
+    """Chunk number of each section, shape (s,)."""
+    first_row: Ints
+    """First row of that chunk, shape (s,)."""
+    rows: Ints
+    """How many of its rows, shape (s,); they add up to `stop - start`."""
+    epoch: Ints
+    """The epoch that keys the augmentation of its samples, shape (s,)."""
 
-    @property
-    def stop(self) -> int:
-        """Stream position after the last sample."""
-        return self.start + len(self.row)
+    def samples(self, start: int, stop: int) -> tuple[Ints, Ints]:
+        """Return the section and the row of each of the positions [start, stop), shape (n,)."""
+        part = slice(start - self.start, stop - self.start)
+        place = np.arange(self.stop - self.start)
+        place = (place if self.key is None else shuffled(len(place), self.key))[part]
+        ends = np.cumsum(self.rows)
+        section = np.searchsorted(ends, place, side="right")
+        return section, self.first_row[section] + place - (ends - self.rows)[section]
+
+
+class Order(Protocol):
+    """An endless order of samples, a pure function of the position."""
+
+    digest: str
+    """Identifies what is ordered and how."""
+    num_samples: int
+    """Positions of one epoch."""
+    usual_window: int
+    """Positions of a window, but for smaller ones here and there."""
+
+    def window_at(self, position: int) -> Window:
+        """Return the window that holds `position`."""
+        ...
 
 
 class Stream:
-    """The endless order of samples of one split: a pure function of (digest, seed, epoch).
+    """The order of samples of one split of one index: a function of (digest, seed, epoch).
 
     Args:
         sizes: rows of every chunk.
@@ -175,66 +201,44 @@ class Stream:
     ) -> None:
         assert sizes.num_samples > 0
         assert window_chunks > 0
-        self.sizes = sizes
-        self.window_chunks = window_chunks
+        self.digest = digest
         self.num_samples = sizes.num_samples
+        self.usual_window = sizes.usual_rows * window_chunks
+        self._sizes = sizes
+        self._window_chunks = window_chunks
         self._shuffle = shuffle
         self._key = (digest, seed)
-        self._orders: dict[int, _ChunkOrder] = {}
+        self._orders: dict[int, ChunkOrder] = {}
 
-    def windows(self, start: int, stop: int) -> Iterator[WindowSlice]:
-        """Yield positions [start, stop) as slices of windows, in order."""
-        while start < stop:
-            window = self.window_at(start)
-            yield self._slice(window, start, min(stop, window.stop))
-            start = min(stop, window.stop)
-
-    def window_at(self, position: int) -> "Window":
+    def window_at(self, position: int) -> Window:
         """Return the window that holds `position`."""
         epoch, offset = divmod(position, self.num_samples)
         order = self._order_of_epoch(epoch)
-        window = order.slot_at(offset) // self.window_chunks
-        first = window * self.window_chunks
-        last = min(first + self.window_chunks, self.sizes.num_chunks)
+        number = order.slot_at(offset) // self._window_chunks
+        first = number * self._window_chunks
+        last = min(first + self._window_chunks, self._sizes.num_chunks)
         base = epoch * self.num_samples
+        chunks = order.chunks(np.arange(first, last))
         return Window(
-            epoch, window, base + order.rows_before(first), base + order.rows_before(last)
+            start=base + order.rows_before(first),
+            stop=base + order.rows_before(last),
+            key=hash_key("window", *self._key, epoch, number) if self._shuffle else None,
+            chunk=chunks,
+            first_row=np.zeros(len(chunks), dtype=np.int64),
+            rows=self._sizes.rows(chunks),
+            epoch=np.full(len(chunks), epoch, dtype=np.int64),
         )
 
-    def _slice(self, window: "Window", start: int, stop: int) -> WindowSlice:
-        first = window.number * self.window_chunks
-        slots = np.arange(first, min(first + self.window_chunks, self.sizes.num_chunks))
-        chunks = self._order_of_epoch(window.epoch).chunks(slots)
-        rows = self.sizes.rows(chunks)
-        chunk = np.repeat(np.arange(len(chunks)), rows)
-        row = np.arange(len(chunk)) - np.repeat(np.cumsum(rows) - rows, rows)
-        if self._shuffle:
-            key = hash_key("window", *self._key, window.epoch, window.number)
-            order = shuffled(len(chunk), key)
-            chunk, row = chunk[order], row[order]
-        part = slice(start - window.start, stop - window.start)
-        return WindowSlice(window.epoch, window.number, start, chunks, chunk[part], row[part])
-
-    def _order_of_epoch(self, epoch: int) -> "_ChunkOrder":
+    def _order_of_epoch(self, epoch: int) -> "ChunkOrder":
         if epoch not in self._orders:
             key = hash_key("chunks", *self._key, epoch) if self._shuffle else None
             # Positions move forward, so this epoch's order and the last one's are all that is used.
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = _ChunkOrder(self.sizes, key)
+            self._orders[epoch] = ChunkOrder(self._sizes, key)
         return self._orders[epoch]
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Positions [start, stop) of the stream, shuffled together."""
-
-    epoch: int
-    number: int
-    start: int
-    stop: int
-
-
-class _ChunkOrder:
+class ChunkOrder:
     """One epoch's order of chunks: slot -> chunk, and rows before a slot, by arithmetic."""
 
     def __init__(self, sizes: ChunkSizes, key: int | None) -> None:

@@ -27,7 +27,8 @@ _SAMPLES_SCHEMA = pa.schema(
     [("epoch", pa.int64()), ("step", pa.int64()), ("rank", pa.int32()), ("id", pa.string())]
 )
 _QUARANTINE_SCHEMA = pa.schema(
-    [("uri", pa.string()), ("id", pa.string()), ("reason", pa.string()), ("epoch", pa.int64())]
+    [(name, pa.string()) for name in ("uri", "id", "reason", "first_bytes")]
+    + [("epoch", pa.int64())]
 )
 
 
@@ -87,8 +88,7 @@ class Consumed:
 
     def add(self, batch: MicroBatch, *, step: int) -> None:
         """Note a micro-batch of the step that ends as number `step`."""
-        for entry in batch.bad:
-            self.bad.append({**entry, "epoch": batch.bad_position // self.samples_per_epoch})
+        self.bad += batch.bad
         if self.audit:
             self.rows += [
                 {

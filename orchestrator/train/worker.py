@@ -22,11 +22,11 @@ from ray.train.lightning import RayLightningEnvironment, prepare_trainer
 
 from orchestrator import cluster, storage
 from orchestrator.config import Config, UserError
-from orchestrator.data import feeds, plan
+from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
+from orchestrator.data.feeds import Feed
 from orchestrator.data.index import read_index
 from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, OpenSegment, Pass
-from orchestrator.data.render import Feed
 from orchestrator.data.source import Placement, split_segment
 from orchestrator.run import CONFIG_FILE, append_event
 from orchestrator.train import checkpoint, model
@@ -81,7 +81,7 @@ def train_worker(payload: dict[str, Any]) -> None:
             index_digest=index.digest,
             strategy=job.strategy.value,
             precision=precision.value,
-            samples_per_epoch=feed.stream.num_samples,
+            samples_per_epoch=feed.samples_per_epoch,
             board=job.board,
         )
         validation = (
@@ -205,11 +205,13 @@ def _loader(feed: Feed, job: Job, placement: Placement, *, rank: int, step: int)
 
 def _segment_opener(feed: Feed, placement: Placement, rank: int) -> OpenSegment:
     def open_segment(step: int) -> tuple[Iterator[pa.Table], int]:
-        stop_step = plan.segment_steps(feed.stream, feed.batching, step)
-        iterators = None
+        opened = None
         if rank == 0:
-            iterators = split_segment(feed, placement, step=step, stop_step=stop_step)
-        mine = broadcast_from_rank_zero(iterators)[rank]
+            # Only here is the table of shards read: the others learn where the segment ends.
+            stop = feed.segment_stop(step)
+            opened = split_segment(feed, placement, step=step, stop_step=stop), stop
+        iterators, stop_step = broadcast_from_rank_zero(opened)
+        mine = iterators[rank]
         blocks = mine.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS
         )

@@ -12,8 +12,8 @@ from packed import write_packed
 from orchestrator.config import Config, DataConfig, TrainConfig
 from orchestrator.data import feeds, plan
 from orchestrator.data.device import ToDevice
-from orchestrator.data.loader import Loader, WrongOrderError, assemble
-from orchestrator.data.render import Feed
+from orchestrator.data.feeds import Feed
+from orchestrator.data.loader import Costs, Loader, WrongOrderError, assemble
 
 
 def make_feed(root: Path, *, num_workers: int, global_batch: int = 7, **packed: object) -> Feed:
@@ -25,8 +25,8 @@ def make_feed(root: Path, *, num_workers: int, global_batch: int = 7, **packed: 
 
 def split(feed: Feed, step: int, stop: int) -> list[list[pa.Table]]:
     """Deal the blocks of steps [step, stop) in round robin, as Ray Data does."""
-    tasks = plan.tasks(feed.stream, feed.batching, step=step, stop_step=stop)
-    blocks = [table for task in tasks for table in feed.blocks(task)]
+    works = feed.works(step=step, stop_step=stop)
+    blocks = [table for work in works for table in feed.reader.blocks(work)]
     return [blocks[rank :: feed.batching.num_workers] for rank in range(feed.batching.num_workers)]
 
 
@@ -35,7 +35,7 @@ def loader(feed: Feed, rank: int, *, step: int = 0, segment: int = 3) -> Loader:
         stop = min(first + segment, feed.batching.num_steps)
         return iter(split(feed, first, stop)[rank]), stop
 
-    to_device = ToDevice(torch.device("cpu"), feed.render.data)
+    to_device = ToDevice(torch.device("cpu"), feed.reader.render.data)
     return Loader(
         feed.batching, rank=rank, step=step, open_segment=open_segment, to_device=to_device,
         image_size=8,
@@ -69,20 +69,21 @@ def test_the_batch_is_what_a_training_step_is_promised(tmp_path: Path) -> None:
     assert batch["image"].is_contiguous(memory_format=torch.channels_last)
     assert batch["label"].dtype == torch.int64
     assert len(batch["id"]) == 7
-    grey = (batch["image"] * torch.tensor(feed.render.data.std).view(1, 3, 1, 1)) + torch.tensor(
-        feed.render.data.mean
-    ).view(1, 3, 1, 1)
+    grey = (
+        batch["image"] * torch.tensor(feed.reader.render.data.std).view(1, 3, 1, 1)
+    ) + torch.tensor(feed.reader.render.data.mean).view(1, 3, 1, 1)
     assert grey.min() >= -1e-6
     assert grey.max() <= 1 + 1e-6
 
 
-def test_a_planted_wrong_order_raises(tmp_path: Path) -> None:
+def test_a_planted_wrong_order_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "BLOCK_BYTES", 1)  # a block for every micro-batch
     feed = make_feed(tmp_path, num_workers=2)
     mine, other = split(feed, 0, feed.batching.num_steps)
     swapped = [mine[1], mine[0], *mine[2:]]
     for blocks in (swapped, mine[1:], [mine[0], *mine[2:]], other):
         with pytest.raises(WrongOrderError, match="was due"):
-            list(assemble(iter(blocks), feed.batching, rank=0, micro=0))
+            list(assemble(iter(blocks), feed.batching, rank=0, micro=0, costs=Costs()))
 
 
 def test_a_segment_that_ends_early_raises(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_a_segment_that_ends_early_raises(tmp_path: Path) -> None:
         rank=0,
         step=0,
         open_segment=open_segment,
-        to_device=ToDevice(torch.device("cpu"), feed.render.data),
+        to_device=ToDevice(torch.device("cpu"), feed.reader.render.data),
         image_size=8,
     )
     with pytest.raises(WrongOrderError, match="ran out of blocks before micro-batch"):
@@ -111,7 +112,7 @@ def test_a_stream_that_ends_early_raises(tmp_path: Path) -> None:
         rank=0,
         step=0,
         open_segment=lambda step: (iter(split(feed, step, step + 1)[0][:0]), 12),
-        to_device=ToDevice(torch.device("cpu"), feed.render.data),
+        to_device=ToDevice(torch.device("cpu"), feed.reader.render.data),
         image_size=8,
     )
     with pytest.raises(WrongOrderError, match="ran out of blocks"):

@@ -23,51 +23,60 @@ def cases(draw: st.DrawFn) -> tuple[Stream, int, int, int]:
     return stream, global_batch, draw(st.integers(1, 3)), draw(st.integers(1, 20))
 
 
-def batching(case: tuple[Stream, int, int, int], num_workers: int) -> Batching:
+def batching(case: tuple[Stream, int, int, int], num_workers: int, *, side: int = 1) -> Batching:
     stream, global_batch, epochs, max_micro_batch = case
     return Batching.for_training(
         total=stream.num_samples * epochs,
         global_batch=global_batch,
         num_workers=num_workers,
         max_micro_batch=max_micro_batch,
+        sample_bytes=plan.BLOCK_BYTES // side,
     )
 
 
-def dealt(stream: Stream, batches: Batching, step: int, stop: int) -> list[list[Piece]]:
+def dealt(stream: Stream, batches: Batching, step: int, stop: int) -> list[list[list[Piece]]]:
     """Deal all blocks of steps [step, stop) in strict round robin, as Ray Data does."""
     tasks = plan.tasks(stream, batches, step=step, stop_step=stop)
-    blocks = [piece for task in tasks for piece in plan.pieces(task, batches)]
+    blocks = [block for task in tasks for whole in plan.rounds(task, batches) for block in whole]
     n = batches.num_workers
     assert len(blocks) % n == 0  # else Ray Data drops the last ones
     return [blocks[rank::n] for rank in range(n)]
 
 
 @settings(max_examples=300, deadline=None)
-@given(cases(), st.sampled_from(WORLD_SIZES), st.data())
+@given(cases(), st.sampled_from(WORLD_SIZES), st.integers(1, 30), st.data())
 def test_every_position_is_dealt_once_to_the_worker_that_holds_its_micro_batch(
-    case: tuple[Stream, int, int, int], num_workers: int, data: st.DataObject
+    case: tuple[Stream, int, int, int], num_workers: int, side: int, data: st.DataObject
 ) -> None:
-    batches = batching(case, num_workers)
+    batches = batching(case, num_workers, side=side)
     step = data.draw(st.integers(0, batches.num_steps - 1))
     stop = data.draw(st.integers(step + 1, batches.num_steps))
     seen: list[int] = []
     for rank, blocks in enumerate(dealt(case[0], batches, step, stop)):
-        assert all(block.worker == rank for block in blocks)
         due = step * batches.micro_batches + rank
         position = batches.bounds(due)[0]
-        for block in blocks:
-            if block.start == block.stop and not block.complete:
-                continue
-            assert (block.micro, block.start) == (due, position)
-            seen += range(block.start, block.stop)
-            position = block.stop
-            if block.complete:
+        for piece in (piece for block in blocks for piece in block):
+            assert (piece.micro, piece.start) == (due, position)
+            seen += range(piece.start, piece.stop)
+            position = piece.stop
+            if piece.complete:
                 assert position == batches.bounds(due)[1]
                 due += num_workers
                 position = batches.bounds(due)[0]
         assert due == stop * batches.micro_batches + rank
     first, last = batches.step_bounds(step)[0], batches.step_bounds(stop - 1)[1]
     assert sorted(seen) == list(range(first, last))
+
+
+@given(st.integers(1, 64), st.integers(1, 512))
+def test_a_block_holds_about_as_many_bytes_as_are_aimed_at(micro_batch: int, side: int) -> None:
+    batches = Batching.for_training(
+        total=10_000, global_batch=micro_batch, num_workers=1, max_micro_batch=64,
+        sample_bytes=3 * side**2,
+    )  # fmt: skip
+    one = micro_batch * 3 * side**2
+    assert 1 <= batches.block_batches <= 16
+    assert batches.block_batches * one <= max(one, 1.5 * plan.BLOCK_BYTES)
 
 
 @settings(max_examples=200, deadline=None)
@@ -130,12 +139,7 @@ def test_a_chunk_is_read_by_one_task_only() -> None:
         total=stream.num_samples, global_batch=96, num_workers=2, max_micro_batch=64
     )
     tasks = plan.tasks(stream, batches, step=0, stop_step=batches.num_steps)
-    read = [
-        chunk
-        for task in tasks
-        for part in stream.windows(task.start, task.stop)
-        for chunk in part.chunks.tolist()
-    ]
+    read = [chunk for task in tasks for window in task.windows for chunk in window.chunk.tolist()]
     assert sorted(read) == list(range(500))
 
 

@@ -9,8 +9,9 @@ import pytest
 from packed import write_packed
 
 from orchestrator.config import Config, DataConfig, TrainConfig, UserError
-from orchestrator.data import feeds, plan
-from orchestrator.data.render import BLOCK_SCHEMA, Feed
+from orchestrator.data import feeds
+from orchestrator.data.feeds import Feed
+from orchestrator.data.render import block_schema
 
 
 def config(root: Path, **data: object) -> Config:
@@ -21,11 +22,18 @@ def config(root: Path, **data: object) -> Config:
 
 
 def blocks(feed: Feed) -> list[dict[str, object]]:
-    tasks = plan.tasks(feed.stream, feed.batching, step=0, stop_step=feed.batching.num_steps)
-    tables = [table for task in tasks for table in feed.blocks(task)]
-    assert all(table.schema == BLOCK_SCHEMA for table in tables)
+    works = feed.works(step=0, stop_step=feed.batching.num_steps)
+    tables = [table for work in works for table in feed.reader.blocks(work)]
+    assert all(table.schema == block_schema("class") for table in tables)
     assert all(table.num_rows == 1 for table in tables)
     return [table.to_pylist()[0] for table in tables]
+
+
+def in_order(rows: list[dict[str, object]]) -> list[str]:
+    """Return the ids at positions 0, 1, 2, ... of all blocks together."""
+    ids = {p: i for row in rows for p, i in zip(row["positions"], row["ids"], strict=True)}
+    assert sorted(ids) == list(range(sum(len(row["ids"]) for row in rows)))
+    return [ids[position] for position in range(len(ids))]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -33,14 +41,12 @@ def test_every_sample_once_an_epoch_in_the_same_order(tmp_path: Path, num_worker
     index = write_packed(tmp_path)
     feed = feeds.training_feed(config(tmp_path), index, num_workers=num_workers)
     rows = blocks(feed)
-    positions = [p for row in rows for p in row["positions"]]
-    ids = [i for row in rows for i in row["ids"]]
-    assert positions == list(range(80))
+    ids = in_order(rows)
     expected = {f"train-{i:04d}" for i in range(40)}
     assert set(ids[:40]) == set(ids[40:]) == expected
     assert ids[:40] != ids[40:]
     single = feeds.training_feed(config(tmp_path), index, num_workers=1)
-    assert [i for row in blocks(single) for i in row["ids"]] == ids
+    assert in_order(blocks(single)) == ids
 
 
 def test_pixels_do_not_depend_on_the_world_size_or_the_start(tmp_path: Path) -> None:
@@ -48,9 +54,13 @@ def test_pixels_do_not_depend_on_the_world_size_or_the_start(tmp_path: Path) -> 
 
     def pixels(num_workers: int, step: int) -> bytes:
         feed = feeds.training_feed(config(tmp_path), index, num_workers=num_workers)
-        tasks = plan.tasks(feed.stream, feed.batching, step=step, stop_step=6)
-        tables = [table for task in tasks for table in feed.blocks(task)]
-        return b"".join(table["pixels"][0].as_py() for table in tables)
+        pixels = {}
+        for work in feed.works(step=step, stop_step=6):
+            for table in feed.reader.blocks(work):
+                shown = np.frombuffer(table["pixels"][0].as_py(), dtype=np.uint8)
+                positions = table["positions"][0].as_py()
+                pixels |= zip(positions, shown.reshape(len(positions), -1), strict=True)
+        return b"".join(pixels[position].tobytes() for position in sorted(pixels))
 
     whole = pixels(1, 0)
     assert len(whole) == 42 * 8 * 8 * 3
@@ -61,17 +71,25 @@ def test_pixels_do_not_depend_on_the_world_size_or_the_start(tmp_path: Path) -> 
 def test_augmentation_differs_by_epoch_and_not_in_evaluation(tmp_path: Path) -> None:
     index = write_packed(tmp_path, train=4, val=4)
     training = feeds.training_feed(config(tmp_path, global_batch=4), index, num_workers=1)
-    first, second = blocks(training)
-    side = 8 * 8 * 3
-    by_id = {i: first["pixels"][k * side : (k + 1) * side] for k, i in enumerate(first["ids"])}
-    again = {i: second["pixels"][k * side : (k + 1) * side] for k, i in enumerate(second["ids"])}
-    assert any(by_id[i] != again[i] for i in by_id)
+    first, second = pixels_by_epoch(training)
+    assert first.keys() == second.keys()
+    assert any(first[i] != second[i] for i in first)
     evaluation = feeds.evaluation_feed(
         config(tmp_path), index, split="val", passes=2, num_workers=1
     )
-    one, two = blocks(evaluation)
-    assert one["pixels"] == two["pixels"]
-    assert one["ids"] == [f"val-{i:04d}" for i in range(4)]
+    one, two = pixels_by_epoch(evaluation)
+    assert one == two
+    assert list(one) == [f"val-{i:04d}" for i in range(4)]
+
+
+def pixels_by_epoch(feed: Feed) -> list[dict[str, bytes]]:
+    """Return, for each epoch of the feed, the pixels of every id."""
+    found: dict[int, dict[str, bytes]] = {}
+    for row in blocks(feed):
+        shown = np.frombuffer(row["pixels"], dtype=np.uint8).reshape(len(row["ids"]), -1)
+        for epoch, name, pixels in zip(row["epochs"], row["ids"], shown, strict=True):
+            found.setdefault(epoch, {})[name] = pixels.tobytes()
+    return [found[epoch] for epoch in sorted(found)]
 
 
 def test_a_bad_image_is_named_and_leaves_its_neighbours(tmp_path: Path) -> None:
@@ -83,6 +101,8 @@ def test_a_bad_image_is_named_and_leaves_its_neighbours(tmp_path: Path) -> None:
     assert len(ids) == 2 * 38
     assert sorted(entry["id"] for entry in bad) == ["train-0005"] * 2 + ["train-0017"] * 2
     assert {entry["reason"].split(":")[0] for entry in bad} == {"not_an_image", "empty"}
+    assert {entry["first_bytes"] for entry in bad} == {b"not an image".hex(), ""}
+    assert sorted(entry["epoch"] for entry in bad) == [0, 0, 1, 1]
     # The image's place: shard, row group and row within it.
     assert all("00000.parquet#" in entry["uri"] for entry in bad)
     for row in rows:
@@ -134,5 +154,5 @@ def test_pixels_travel_as_uint8(tmp_path: Path) -> None:
     feed = feeds.training_feed(config(tmp_path), index, num_workers=1)
     row = blocks(feed)[0]
     pixels = np.frombuffer(row["pixels"], dtype=np.uint8)
-    assert pixels.size == 7 * 8 * 8 * 3
+    assert pixels.size == len(row["ids"]) * 8 * 8 * 3
     assert pixels.max() > 200

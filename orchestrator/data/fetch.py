@@ -1,0 +1,176 @@
+"""A read task's windows -> its encoded samples in stream order, the next chunks on their way."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestrator.config import UserError
+from orchestrator.data import plan
+from orchestrator.data.chunk import ChunkColumns, read_chunk
+from orchestrator.data.index import ChunkRef
+from orchestrator.data.stream import Window
+
+# Chunks that one task fetches at once. They wait for storage, not for a CPU.
+_THREADS = 8
+# Windows whose chunks a task holds or fetches: the one that is decoded and the next.
+_WINDOWS_HELD = 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """A read task and where its chunks lie."""
+
+    task: plan.Task
+    chunks: tuple[tuple[ChunkRef, ...], ...]
+    """For each window of the task, the chunk of each of its sections."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One encoded image at its place in the stream."""
+
+    position: int
+    epoch: int
+    id: str
+    label: Any
+    """int, list of int, float or None, as the index's `label_kind` says."""
+    image: bytes
+    checksum: int | None
+    uri: str
+
+
+@dataclasses.dataclass
+class Cost:
+    """What reading and decoding took, in seconds."""
+
+    read_s: float = 0.0
+    """Waited for chunks."""
+    decode_s: float = 0.0
+    slow_s: float = 0.0
+    """The slowest read of one chunk."""
+    slow_uri: str = ""
+
+    def note_read(self, seconds: float, uri: str) -> None:
+        """Keep the slowest read."""
+        if seconds > self.slow_s:
+            self.slow_s, self.slow_uri = seconds, uri
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.read_s = self.decode_s = self.slow_s = 0.0
+        self.slow_uri = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """How the shards of an index are read."""
+
+    columns: Mapping[str, str]
+    """What we call a column -> its name in the shards; see `chunk.read_chunk`."""
+    label_kind: str
+    classes: tuple[str, ...]
+
+    def read(self, ref: ChunkRef) -> tuple[ChunkColumns, float]:
+        """Read a chunk and check its labels; return it and how many seconds that took.
+
+        Raises:
+            UserError: it is not what was indexed, or has a label outside the classes.
+        """
+        began = time.perf_counter()
+        chunk = read_chunk(ref, self.columns)
+        if self.label_kind == "class":
+            chunk.columns["label"] = self._classes_of(chunk)
+        return chunk, time.perf_counter() - began
+
+    def _classes_of(self, chunk: ChunkColumns) -> pa.Array:
+        labels = chunk.columns["label"]
+        if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type):
+            labels = pc.index_in(labels, value_set=pa.array(self.classes, labels.type))
+        allowed = pc.and_(pc.greater_equal(labels, 0), pc.less(labels, len(self.classes)))
+        if not pc.all(pc.fill_null(allowed, False)).as_py():
+            row = pc.index(pc.fill_null(allowed, False), False).as_py()
+            raise UserError(
+                f"{chunk.uri} row {row} has the label {chunk.columns['label'][row].as_py()!r} but "
+                f"the data set has {len(self.classes)} classes; mend the shard and pack again."
+            )
+        return labels
+
+
+def samples(work: Work, layout: Layout, cost: Cost) -> Iterator[Sample]:
+    """Yield the samples at a task's positions, holding two windows' chunks at most.
+
+    What it waited for is added to `cost`.
+    """
+    coming = collections.deque[tuple[Window, list[_Coming]]]()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for window, refs in zip(work.task.windows, work.chunks, strict=True):
+                coming.append((window, _start(work.task, window, refs, layout, pool)))
+                if len(coming) == _WINDOWS_HELD:
+                    yield from _window_samples(work.task, *coming.popleft(), cost)
+            while coming:
+                yield from _window_samples(work.task, *coming.popleft(), cost)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # of a task that is given up
+
+
+_Coming = Future[tuple[ChunkColumns, float]] | None
+
+
+def _start(
+    task: plan.Task,
+    window: Window,
+    refs: tuple[ChunkRef, ...],
+    layout: Layout,
+    pool: ThreadPoolExecutor,
+) -> list[_Coming]:
+    """Start reading the chunks of a window that the task needs."""
+    sections, _ = window.samples(max(task.start, window.start), min(task.stop, window.stop))
+    needed = set(np.unique(sections).tolist())
+    return [
+        pool.submit(layout.read, ref) if number in needed else None
+        for number, ref in enumerate(refs)
+    ]
+
+
+def _window_samples(
+    task: plan.Task, window: Window, coming: list[_Coming], cost: Cost
+) -> Iterator[Sample]:
+    start, stop = max(task.start, window.start), min(task.stop, window.stop)
+    chunks = [_wait(future, cost) for future in coming]
+    sections, rows = window.samples(start, stop)
+    for place, (section, row) in enumerate(zip(sections.tolist(), rows.tolist(), strict=True)):
+        chunk = chunks[section]
+        assert chunk is not None
+        yield _sample(chunk, row, position=start + place, epoch=int(window.epoch[section]))
+
+
+def _wait(future: _Coming, cost: Cost) -> ChunkColumns | None:
+    if future is None:
+        return None
+    began = time.perf_counter()
+    chunk, seconds = future.result()
+    cost.read_s += time.perf_counter() - began
+    cost.note_read(seconds, chunk.uri)
+    return chunk
+
+
+def _sample(chunk: ChunkColumns, row: int, *, position: int, epoch: int) -> Sample:
+    values = {name: column[row].as_py() for name, column in chunk.columns.items()}
+    uri = f"{chunk.uri}#{row}"
+    return Sample(
+        position=position,
+        epoch=epoch,
+        id=values.get("id", uri),
+        label=values.get("label"),
+        image=values["image"],
+        checksum=values.get("checksum"),
+        uri=uri,
+    )
