@@ -16,13 +16,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
 from torch.utils.data import DataLoader
@@ -32,11 +31,10 @@ from orchestrator import cluster
 from orchestrator.config import Config, DataConfig, TrainConfig
 from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
-from orchestrator.data.feeds import Feed
 from orchestrator.data.index import Index
-from orchestrator.data.loader import PREFETCH_BLOCKS, Loader
+from orchestrator.data.loader import Loader, Opened
 from orchestrator.data.pack import pack
-from orchestrator.data.source import Placement, split_segment
+from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
 
 BATCH = 64
 WIDTH, HEIGHT = 500, 375  # ImageNet's most common size
@@ -96,12 +94,14 @@ def our_batches(index: Index, size: int, slots: int, seed: int) -> Iterator[torc
     data = DataConfig(index=index.uri, image_size=size, global_batch=BATCH, max_micro_batch=BATCH)
     config = Config(seed=seed, data=data, train=TrainConfig(max_epochs=1))
     feed = feeds.training_feed(config, index, num_workers=1)
-    opened: list[Generator[pa.Table, None, None]] = []
+    placement = Placement.choose(
+        requested=slots, cluster_cpus=ray.cluster_resources()["CPU"], worker_cpus=0
+    )
 
-    def open_segment(step: int) -> tuple[Iterator[pa.Table], int]:
-        stop = feed.segment_stop(step)
-        opened.append(read_blocks(feed, slots, step=step, stop_step=stop))
-        return opened[-1], stop
+    def open_segment(step: int) -> Opened:
+        segment = plan_segment(feed, placement, step)
+        (iterator,) = split_segment(feed, placement, segment)
+        return Opened(blocks_of(iterator), segment.stop_step, segment.open_next_at)
 
     loader = Loader(
         feed.batching,
@@ -113,22 +113,8 @@ def our_batches(index: Index, size: int, slots: int, seed: int) -> Iterator[torc
     )
     for batch in loader.take(feed.batching.num_steps):
         yield batch["image"]
-    for blocks in opened:
-        # Else Ray Data ends the iteration when Python does, and starts a new Ray for that.
-        blocks.close()
-
-
-def read_blocks(
-    feed: Feed, slots: int, *, step: int, stop_step: int
-) -> Generator[pa.Table, None, None]:
-    """Yield the blocks of one Ray Data execution."""
-    placement = Placement.choose(
-        requested=slots, cluster_cpus=ray.cluster_resources()["CPU"], worker_cpus=0
-    )
-    (iterator,) = split_segment(feed, placement, step=step, stop_step=stop_step)
-    yield from iterator.iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS
-    )
+    # Else Ray Data ends the iteration when Python does, and starts a new Ray for that.
+    loader.close()
 
 
 def images_per_s(batches: Iterable[torch.Tensor], *, images: int) -> float:

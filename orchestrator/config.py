@@ -4,15 +4,64 @@ Pure: imports neither Ray nor torch, so reading and checking a config costs mill
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero3"]
 Precision = Literal["auto", "32", "bf16", "16"]
 Mode = Literal["min", "max"]
+Policy = Literal["none", "randaugment", "trivialaugment"]
 
 
 class UserError(ValueError):
     """A mistake only the user can mend: one sentence with field, rule, value and remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixPart:
+    """One index of a mix."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    index: str
+    """URI of a packed data set; all parts must have the same classes."""
+    weight: float | None = None
+    """Relative share of the samples of every window; null for all: in proportion to their sizes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training images after crop and flip, on the training device."""
+
+    brightness: float = 0.0
+    """Colour jitter: brightness is multiplied by a factor from 1 - this to 1 + this; 0: none."""
+    contrast: float = 0.0
+    """Colour jitter: the same for contrast."""
+    saturation: float = 0.0
+    """Colour jitter: the same for saturation."""
+    hue: float = 0.0
+    """Colour jitter: hue is turned by up to this share of the circle either way, at most 0.5."""
+    policy: Policy = "none"
+    """randaugment: `num_ops` random operations of strength `magnitude`; trivialaugment: one of any
+    strength."""
+    num_ops: int = 2
+    """Operations of randaugment, one after the other."""
+    magnitude: int = 9
+    """Strength of randaugment, from 0 to 30."""
+    transforms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Transforms of torchvision.transforms.v2 or your own, each {class_path, init_args}, called with
+    one uint8 image (3, S, S); slower than those above, which change a whole batch at once."""
+    erasing: float = 0.0
+    """Probability that a rectangle is filled with the mean colour (random erasing)."""
+    erasing_scale: tuple[float, float] = (0.02, 0.33)
+    """Smallest and largest share of the image's area that is erased."""
+    erasing_ratio: tuple[float, float] = (0.3, 3.3)
+    """Smallest and largest height / width of the erased rectangle."""
+    mixup_alpha: float = 0.0
+    """mixup: the weight of an image against its partner is from Beta(alpha, alpha); 0: none."""
+    cutmix_alpha: float = 0.0
+    """cutmix: the same for the area that stays; 0: none. With both, half the images get each."""
+    mix_prob: float = 1.0
+    """Probability that an image is mixed, where mixup or cutmix is on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +70,10 @@ class DataConfig:
 
     index: str = ""
     """URI of the packed data set: the folder that `orchestrator pack --out` wrote."""
+    mix: tuple[MixPart, ...] = ()
+    """Several packed data sets in place of `index`: a list of {index: URI, weight: number}."""
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """Repeat samples by class: balanced, or {class name: weight} (1 where it is not named)."""
     global_batch: int = 256
     """Samples per optimizer step, whatever the number of workers."""
     max_micro_batch: int = 64
@@ -35,6 +88,8 @@ class DataConfig:
     """Smallest and largest width / height of a random resized crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    """Further random changes of training images."""
     eval_crop: float = 0.875
     """Share of the shorter side that the centre crop of evaluation covers."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -46,6 +101,8 @@ class DataConfig:
     decode_slots: int | None = None
     """Decode tasks that run at once; null: the CPUs the workers leave, else all CPUs, shared.
     On an autoscaling cluster a number asks for loader nodes with as many CPUs."""
+    max_bad_fraction: float = 0.01
+    """Share of images that may be undecodable before the run is stopped, judged from 10,000 on."""
     audit: bool = False
     """Write which sample ids each committed step consumed to `samples/` in the run folder."""
 

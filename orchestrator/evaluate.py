@@ -18,8 +18,8 @@ from orchestrator.config import Config, UserError
 from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
 from orchestrator.data.index import Index, read_index, verify
-from orchestrator.data.loader import PREFETCH_BLOCKS, Loader
-from orchestrator.data.source import Placement, split_segment
+from orchestrator.data.loader import Loader, Opened
+from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
 from orchestrator.run import EVALUATION_FILE, read_config
 from orchestrator.train import checkpoint, model, preflight
 from orchestrator.train.precision import lightning_precision
@@ -129,13 +129,10 @@ def _evaluate_on_worker(job: _Job) -> dict[str, Any]:
 def _loader(job: _Job, index: Index, device: torch.device) -> Loader:
     feed = feeds.evaluation_feed(job.config, index, split=job.split, passes=1, num_workers=1)
 
-    def open_segment(step: int) -> tuple[Any, int]:
-        stop = feed.segment_stop(step)
-        (iterator,) = split_segment(feed, job.placement, step=step, stop_step=stop)
-        blocks = iterator.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS
-        )
-        return iter(blocks), stop
+    def open_segment(step: int) -> Opened:
+        segment = plan_segment(feed, job.placement, step)
+        (iterator,) = split_segment(feed, job.placement, segment)
+        return Opened(blocks_of(iterator), segment.stop_step, segment.open_next_at)
 
     return Loader(
         feed.batching,

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from orchestrator.config import Config, UserError
 
@@ -19,6 +19,7 @@ _FREE_TO_CHANGE = (
     "data.max_micro_batch",
     "data.eval_batch",
     "data.decode_slots",
+    "data.max_bad_fraction",
     "train.checkpoint",
     "train.early_stopping",
     "train.max_epochs",
@@ -47,8 +48,8 @@ def known_keys(section: type = Config, prefix: str = "") -> list[str]:
 
 
 def section_of(hint: Any) -> type | None:
-    """Return the dataclass that a field's type names, if any."""
-    options = (hint, *get_args(hint))
+    """Return the dataclass that a field's type names, if any; a list of them is no section."""
+    options = () if get_origin(hint) is tuple else (hint, *get_args(hint))
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 

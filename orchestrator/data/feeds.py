@@ -35,10 +35,6 @@ class Feed:
         """Read the table of shards, once."""
         return self.open_source()
 
-    def segment_stop(self, step: int) -> int:
-        """Return the step before which the Ray Data execution that starts at `step` ends."""
-        return plan.segment_stop(self.source.order, self.batching, step)
-
     def works(self, *, step: int, stop_step: int) -> Iterator[Work]:
         """Yield the read tasks of steps [step, stop_step) with the places of their chunks."""
         order, locate = self.source.order, self.source.locate

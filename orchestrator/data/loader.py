@@ -1,29 +1,22 @@
 """Worker side: one worker's split of the stream -> batches on its device.
 
-Every block says which positions it holds. They are checked here, at the consumer: blocks in a wrong
-order raise and are never trained on.
+The order of the blocks is checked where they are taken apart, in assemble.py.
 """
 
-import bisect
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
+from orchestrator.data.assemble import Costs, WrongOrderError, assemble
 from orchestrator.data.batch import MicroBatch
 from orchestrator.data.plan import Batching
 
-# Blocks fetched ahead of the training step by Ray Data's own thread: one is enough to be decoded
-# and moved while the one before it, which holds several micro-batches, is trained on.
-PREFETCH_BLOCKS = 1
-
-
-class WrongOrderError(RuntimeError):
-    """Blocks arrived in another order than planned: a bug, so the run stops."""
+_CLOSE_TIMEOUT_S = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,107 +30,19 @@ class Current:
     """Samples that count: 0 for a stand-in."""
 
 
-def assemble(
-    blocks: Iterator[pa.Table], batching: Batching, *, rank: int, micro: int, costs: "Costs"
-) -> Iterator[MicroBatch]:
-    """Yield worker `rank`'s micro-batches from number `micro` on, pieces joined, order checked.
-
-    What the blocks say that reading them cost is added to `costs`.
-
-    Raises:
-        WrongOrderError: a block holds other positions than are due.
-    """
-    due, _ = batching.bounds(micro)
-    held: list[_Part] = []
-    for block in blocks:
-        row = {name: block[name][0] for name in block.column_names}
-        costs.add(row["cost"].as_py())
-        for part in _parts(row):
-            found = (part.micro, part.start, row["worker"].as_py())
-            if found != (micro, due, rank):
-                raise WrongOrderError(
-                    f"worker {rank} was dealt (micro-batch, position, worker) {found} where "
-                    f"{(micro, due, rank)} was due; the run stops because its order is wrong."
-                )
-            held.append(part)
-            due = part.stop
-            if part.complete:
-                yield _join(micro, held)
-                held = []
-                micro += batching.num_workers
-                due, _ = batching.bounds(micro)
-    if held:
-        raise WrongOrderError(f"worker {rank} got no end to its micro-batch {micro}.")
-
-
-@dataclasses.dataclass
-class Costs:
-    """What reading took so far, in seconds, as the blocks of this worker say."""
-
-    read_s: float = 0.0
-    """Decoding waited for chunks, all read tasks together."""
-    decode_s: float = 0.0
-    slow_s: float = 0.0
-    """The slowest read of one chunk since it was last asked for."""
-    slow_uri: str = ""
-
-    def add(self, cost: dict[str, Any]) -> None:
-        """Add what one round cost."""
-        self.read_s += cost["read_s"]
-        self.decode_s += cost["decode_s"]
-        if cost["slow_s"] > self.slow_s:
-            self.slow_s, self.slow_uri = cost["slow_s"], cost["slow_uri"]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Part:
-    """A piece of a micro-batch with its samples."""
+class Opened:
+    """This worker's blocks of one segment."""
 
-    micro: int
-    start: int
-    stop: int
-    complete: bool
-    pixels: torch.Tensor
-    columns: dict[str, list[Any]]
-    bad: list[dict[str, Any]]
+    blocks: Generator[pa.Table, None, None]
+    stop_step: int
+    """The step before which they end."""
+    open_next_at: int
+    """The step before which the next segment should be opened."""
 
 
-_PER_SAMPLE = ("positions", "epochs", "labels", "ids")
-
-
-def _parts(row: dict[str, Any]) -> Iterator[_Part]:
-    columns = {name: row[name].as_py() for name in _PER_SAMPLE}
-    bad = row["bad"].as_py()
-    pixels = _pixels(row["pixels"], len(columns["ids"]))
-    first = 0
-    for piece in row["pieces"].as_py():
-        last = bisect.bisect_left(columns["positions"], piece["stop"], lo=first)
-        yield _Part(
-            **piece,
-            pixels=pixels[first:last],
-            columns={name: values[first:last] for name, values in columns.items()},
-            bad=[entry for entry in bad if piece["start"] <= entry["position"] < piece["stop"]],
-        )
-        first = last
-
-
-def _pixels(column: pa.LargeBinaryScalar, count: int) -> torch.Tensor:
-    flat = np.frombuffer(column.as_buffer(), dtype=np.uint8)
-    side = round((flat.size / (3 * count)) ** 0.5) if count else 0
-    return torch.from_numpy(flat.reshape(count, side, side, 3))
-
-
-def _join(micro: int, parts: list[_Part]) -> MicroBatch:
-    columns = {name: [v for part in parts for v in part.columns[name]] for name in _PER_SAMPLE}
-    filled = [part.pixels for part in parts if len(part.pixels)] or [parts[0].pixels]
-    pixels = filled[0] if len(filled) == 1 else torch.cat(filled)
-    return MicroBatch(
-        micro=micro, pixels=pixels, bad=[b for part in parts for b in part.bad], **columns
-    )
-
-
-OpenSegment = Callable[[int], tuple[Iterator[pa.Table], int]]
-"""step -> (this worker's blocks from that step on, the step before which they end)."""
+OpenSegment = Callable[[int], Opened]
+"""The first step -> what starts there; all workers call it together."""
 
 
 class Loader:
@@ -147,7 +52,8 @@ class Loader:
         batching: how positions are cut into steps and micro-batches.
         rank: this worker.
         step: the first step.
-        open_segment: starts the next Ray Data execution; all workers call it together.
+        open_segment: starts the next Ray Data execution; all workers call it together, some steps
+            before the one in hand ends, so that nobody waits between two.
         to_device: turns a micro-batch into what training_step gets.
         image_size: side S of the images.
     """
@@ -171,6 +77,8 @@ class Loader:
         self._step = step
         self._open_segment = open_segment
         self._to_device = to_device
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="next-segment")
+        self._reading: list[tuple[Generator[pa.Table, None, None], Future[pa.Table | None]]] = []
         self._batches = self._all_batches()
         # Stands in, with weight 0, where a worker's share of a short step is empty: its latest
         # batch, so that running statistics see real images.
@@ -182,20 +90,35 @@ class Loader:
         return Pass(self, steps * self.batching.accumulation)
 
     def _all_batches(self) -> Generator[MicroBatch, None, None]:
-        while self._step < self.batching.num_steps:
-            blocks, stop_step = self._open_segment(self._step)
-            micro = self._step * self.batching.micro_batches + self._rank
+        step, opened = self._step, None
+        while step < self.batching.num_steps:
+            opened = opened or self._open(step)
+            following = None
+            due = step * self.batching.micro_batches + self._rank
             for batch in assemble(
-                blocks, self.batching, rank=self._rank, micro=micro, costs=self.costs
+                opened.blocks, self.batching, rank=self._rank, micro=due, costs=self.costs
             ):
+                due = batch.micro + self.batching.num_workers
+                if following is None and self._is_time(batch.micro, opened):
+                    following = self._open(opened.stop_step)
                 yield batch
-                micro = batch.micro + self.batching.num_workers
-            if micro != stop_step * self.batching.micro_batches + self._rank:
+            if due != opened.stop_step * self.batching.micro_batches + self._rank:
                 raise WrongOrderError(
-                    f"worker {self._rank} ran out of blocks before micro-batch {micro}; the steps "
-                    f"up to {stop_step} were due."
+                    f"worker {self._rank} ran out of blocks before micro-batch {due}; the steps "
+                    f"up to {opened.stop_step} were due."
                 )
-            self._step = stop_step
+            step, opened = opened.stop_step, following
+
+    def _open(self, step: int) -> Opened:
+        opened = self._open_segment(step)
+        # Ray Data starts an execution when all workers have asked for their first block.
+        first = self._starter.submit(next, opened.blocks, None)
+        self._reading = [*self._reading[-1:], (opened.blocks, first)]
+        return dataclasses.replace(opened, blocks=_chained(first, opened.blocks))
+
+    def _is_time(self, micro: int, opened: Opened) -> bool:
+        last = opened.stop_step >= self.batching.num_steps
+        return not last and micro // self.batching.micro_batches >= opened.open_next_at
 
     def next_batch(self) -> dict[str, Any]:
         """Return the next batch on the device, and set `current` to what it holds."""
@@ -224,6 +147,21 @@ class Loader:
     def close(self) -> None:
         """Stop reading. Ray Data's iterator tells its coordinator, so Ray must still be up."""
         self._batches.close()
+        for blocks, first in self._reading:
+            # Where another worker has died, the first block never comes: Ray ends this one too.
+            wait([first], timeout=_CLOSE_TIMEOUT_S)
+            if first.done():
+                blocks.close()
+        self._starter.shutdown(wait=False)
+
+
+def _chained(
+    first: "Future[pa.Table | None]", rest: Iterator[pa.Table]
+) -> Generator[pa.Table, None, None]:
+    block = first.result()
+    if block is not None:
+        yield block
+        yield from rest
 
 
 class Pass:

@@ -23,9 +23,6 @@ _MAX_BLOCK_BATCHES = 16
 # Rows a read task aims at: several micro-batches, so that a task's fixed cost (about 10 ms) does
 # not show, and few enough that its pixels (150 MB at 224 x 224) fit the object store many times.
 TASK_ROWS = 1024
-# Tasks of one Ray Data execution. Each costs one `ray.put` on the coordinator; starting an
-# execution costs 0.7 to 2 s, against about half an hour of reading for this many tasks.
-SEGMENT_TASKS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +181,3 @@ def rounds(task: Task, batching: Batching) -> Iterator[list[list[Piece]]]:
             piece = Piece(micro, max(start, task.start), min(stop, task.stop), stop <= task.stop)
             blocks[batching.worker(micro)].append(piece)
         yield blocks
-
-
-def segment_stop(order: Order, batching: Batching, step: int) -> int:
-    """Return the step before which the Ray Data execution that starts at `step` ends."""
-    rows = SEGMENT_TASKS * max(TASK_ROWS, order.usual_window)
-    return min(batching.num_steps, step + max(1, rows // batching.step_samples))

@@ -8,7 +8,7 @@ block size of one byte, under which blocks are neither merged nor split, and `eq
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 
 import pyarrow as pa
 import ray
@@ -23,6 +23,7 @@ from ray.data import (
 )
 from ray.data.block import BlockMetadata
 
+from orchestrator.data import plan
 from orchestrator.data.feeds import Feed
 from orchestrator.data.fetch import Work
 from orchestrator.data.render import Reader
@@ -31,6 +32,15 @@ from orchestrator.data.render import Reader
 # once produce: enough to ride out a slow task, small enough never to spill.
 _BUFFERED_TASKS = 2
 _MIN_BUFFER_BYTES = 64 << 20
+# Read tasks of one Ray Data execution, for each slot and in all. A task costs about 1 ms when the
+# execution starts, and the first batch waits for all of them; starting one costs 1 to 2 s of CPU,
+# against 40 s of reading with 16 tasks a slot.
+_SEGMENT_TASKS_PER_SLOT = 16
+_MIN_SEGMENT_TASKS, _MAX_SEGMENT_TASKS = 256, 4096
+# The next execution starts when the tasks left are as many as this for each slot: some 5 s.
+_LEAD_TASKS_PER_SLOT = 4
+# Blocks that Ray Data fetches ahead of the worker: one, since it holds several micro-batches.
+_PREFETCH_BLOCKS = 1
 # Of one run: training and validation; of a sweep's trials that a process served lately.
 _KEPT_READERS = 8
 # A reader of training data and one of validation data add up to one CPU; see `Placement.beside`.
@@ -120,15 +130,33 @@ def _reader(reference: "ray.ObjectRef[Reader]") -> Reader:
     return reader
 
 
-def split_segment(
-    feed: Feed, placement: Placement, *, step: int, stop_step: int
-) -> list[DataIterator]:
-    """Start reading steps [step, stop_step) and return one iterator of blocks for each worker.
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Steps that one Ray Data execution reads."""
+
+    step: int
+    stop_step: int
+    open_next_at: int
+    """The step before which the next segment should be opened, so that no worker waits for it."""
+
+
+def plan_segment(feed: Feed, placement: Placement, step: int) -> Segment:
+    """Return the segment that starts at `step`."""
+    tasks = max(_MIN_SEGMENT_TASKS, _SEGMENT_TASKS_PER_SLOT * placement.slots)
+    task_rows = max(plan.TASK_ROWS, feed.source.order.usual_window)
+    steps = max(1, min(tasks, _MAX_SEGMENT_TASKS) * task_rows // feed.batching.step_samples)
+    lead = 1 + _LEAD_TASKS_PER_SLOT * placement.slots * task_rows // feed.batching.step_samples
+    stop = min(feed.batching.num_steps, step + steps)
+    return Segment(step, stop, max(step, stop - lead))
+
+
+def split_segment(feed: Feed, placement: Placement, segment: Segment) -> list[DataIterator]:
+    """Start reading a segment and return one iterator of blocks for each worker.
 
     Iterator r yields, in order, the blocks with the micro-batches r, r + n, r + 2n, ... of n
     workers.
     """
-    works = list(feed.works(step=step, stop_step=stop_step))
+    works = list(feed.works(step=segment.step, stop_step=segment.stop_step))
     dataset = ray.data.read_datasource(
         StreamSource(ray.put(feed.reader), works),
         override_num_blocks=len(works),
@@ -140,6 +168,13 @@ def split_segment(
     return iterators
 
 
+def blocks_of(iterator: DataIterator) -> Generator[pa.Table, None, None]:
+    """Yield a worker's blocks; the execution starts when all workers ask for their first."""
+    yield from iterator.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=_PREFETCH_BLOCKS
+    )
+
+
 def _tune(context: DataContext, feed: Feed, placement: Placement, works: list[Work]) -> None:
     side = feed.reader.render.data.image_size
     task_bytes = max(work.task.stop - work.task.start for work in works) * side * side * 3
@@ -147,5 +182,10 @@ def _tune(context: DataContext, feed: Feed, placement: Placement, works: list[Wo
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=buffer)
+    # Reading a process's memory map once a second takes milliseconds from decoding.
+    context.memory_usage_poll_interval_s = None
+    if ray.cluster_resources().get("GPU"):
+        # Ray's default policy fills nodes without GPUs first; Ray Data's own, SPREAD, does not.
+        context.scheduling_strategy = "DEFAULT"
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -23,10 +23,14 @@ from orchestrator.run import append_event
 from orchestrator.train import checkpoint, state
 from orchestrator.train.journal import Consumed, Metrics, Quarantine, RunFacts
 from orchestrator.train.pace import Pace, Schedule
+from orchestrator.train.place import Place
 from orchestrator.train.strategy import sync_buffers
+from orchestrator.train.tally import Tally, TooManyBadImages
 
 _LOG_EVERY_STEPS = 5
 _POST_EVERY_S = 0.5
+# A chunk of some MB takes a fraction of a second; one that takes this long is named.
+_SLOW_READ_S = 10.0
 
 
 class Recorder(pl.Callback):
@@ -56,9 +60,8 @@ class Recorder(pl.Callback):
         totals = manifest.stats if manifest else {}
         self._pace = Pace(lambda: loader.waited_s, totals, step=self.step)
         self._schedule = Schedule(self._config.train.checkpoint.every_seconds, step=self.step)
-        self._loss_sum: torch.Tensor | float = 0.0
-        self._loss_samples = 0
-        self._mean_loss: float | None = None
+        self._place = Place(loader.batching, facts.samples_per_epoch)
+        self._tally = Tally(max_bad_fraction=self._config.data.max_bad_fraction)
         self._posted = 0.0
         self._readable = False
 
@@ -83,26 +86,16 @@ class Recorder(pl.Callback):
 
     @property
     def _epoch(self) -> int:
-        """The epoch of the next step's first sample."""
-        return self._position // self._facts.samples_per_epoch
+        return self._place.epoch(self.step)
 
     @property
     def _position(self) -> int:
-        batching = self._loader.batching
-        return min(self.step * batching.step_samples, batching.total)
+        return self._place.position(self.step)
 
     @property
     def steps_left_in_epoch(self) -> int:
-        """Steps from the next one to the last that starts in its epoch; it may end in the next."""
-        end = (self._epoch + 1) * self._facts.samples_per_epoch
-        return -(-end // self._loader.batching.step_samples) - self.step
-
-    @property
-    def _at_epoch_end(self) -> bool:
-        first = (self.step - 1) * self._loader.batching.step_samples
-        return self._position >= (first // self._facts.samples_per_epoch + 1) * (
-            self._facts.samples_per_epoch
-        )
+        """Steps from the next one to the last that starts in its epoch."""
+        return self._place.steps_left_in_epoch(self.step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -126,34 +119,46 @@ class Recorder(pl.Callback):
         assert current is not None
         accumulation = self._loader.batching.accumulation
         self._consumed.add(current.batch, step=self.step + 1)
+        self._tally.add_images(current.batch)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None and current.loss_samples:
-            # Lightning hands over the loss divided by the accumulation. It stays on the device:
-            # reading it here would make a GPU wait at every micro-batch.
-            share = accumulation * current.loss_samples
-            self._loss_sum = self._loss_sum + loss.detach().double() * share
-            self._loss_samples += current.loss_samples
+            self._tally.add_loss(loss, current.loss_samples, accumulation=accumulation)
         if current.batch.micro // trainer.world_size % accumulation != accumulation - 1:
             return
         self.step += 1
-        if self.step % _LOG_EVERY_STEPS == 0 or self._at_epoch_end:
+        if self.step % _LOG_EVERY_STEPS == 0 or self._place.ends_epoch(self.step):
             self._log_loss(trainer)
         self._post(trainer, "training")
-        if not self._at_epoch_end and self._commit_due(trainer):
+        if not self._place.ends_epoch(self.step) and self._commit_due(trainer):
             self._commit(trainer, metrics={}, done="")
 
     def _log_loss(self, trainer: pl.Trainer) -> None:
-        total = torch.tensor(
-            [float(self._loss_sum), self._loss_samples], device=trainer.strategy.root_device
-        )
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(total)
-        loss = float(total[0] / total[1].clamp(min=1))
-        self._loss_sum, self._loss_samples = 0.0, 0
-        self._mean_loss = loss
+        problem = self._tally.reduce(trainer)
         if trainer.global_rank == 0:
-            values = {"train_loss": loss, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            values = {"train_loss": self._tally.mean_loss or 0.0, "lr": lr}
             self._metrics.add(values, step=self.step, epoch=self._epoch, samples=self._position)
+            self._say_slow_reads()
+        if problem is not None:
+            self._note_bad(self._gather(trainer, self._consumed.bad))
+            raise TooManyBadImages(problem)
+
+    def _say_slow_reads(self) -> None:
+        slow = self._loader.costs.take_slow(_SLOW_READ_S)
+        if slow is not None:
+            append_event(self._facts.run, "slow_read", uri=slow.uri, seconds=round(slow.seconds, 1))
+
+    def _gather(self, trainer: pl.Trainer, mine: Any) -> list[Any]:
+        gathered: list[Any] = [mine]
+        if trainer.world_size > 1:
+            gathered = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, mine)
+        return gathered
+
+    def _note_bad(self, gathered: list[list[dict[str, Any]]]) -> None:
+        if ray.train.get_context().get_world_rank() == 0:
+            for row in self._quarantine.add([row for bad in gathered for row in bad]):
+                append_event(self._facts.run, "quarantined", **row)
 
     def _commit_due(self, trainer: pl.Trainer) -> bool:
         """Return the same answer on every worker: rank 0's clock decides, at agreed steps."""
@@ -199,9 +204,8 @@ class Recorder(pl.Callback):
         }
         done = self._done(trainer)
         self._commit(trainer, metrics=metrics, done=done)
-        samples = self._position
-        report = {"epoch": self._epoch, "step": self.step, "samples_seen": samples, "done": done}
-        ray.train.report({**metrics, **report})
+        at = {"epoch": self._epoch, "step": self.step, "samples_seen": self._position}
+        ray.train.report({**metrics, **at, "done": done})
         if trainer.global_rank == 0:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             self._facts.board.say.remote(f"epoch {self._epoch}: {shown}")
@@ -226,10 +230,7 @@ class Recorder(pl.Callback):
                 state.check_readable(Path(folder))
                 self._readable = True
             mine = checkpoint.store_files(Path(folder), uri), self._consumed.bad
-        gathered: list[Any] = [mine]
-        if trainer.world_size > 1:
-            gathered = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, mine)
+        gathered = self._gather(trainer, mine)
         self._consumed.bad = []
         if trainer.global_rank == 0:
             self._commit_rank_0(trainer, gathered, metrics, done)
@@ -242,8 +243,7 @@ class Recorder(pl.Callback):
     ) -> None:
         facts = self._facts
         at = {"step": self.step, "epoch": self._epoch, "samples": self._position}
-        for row in self._quarantine.add([row for _, bad in gathered for row in bad]):
-            append_event(facts.run, "quarantined", **row)
+        self._note_bad([bad for _, bad in gathered])
         self._metrics.add(metrics, **at)
         self._metrics.write()
         manifest = checkpoint.Manifest(
@@ -289,7 +289,7 @@ class Recorder(pl.Callback):
             steps=batching.num_steps,
             epoch=self._epoch,
             epochs=self._config.train.max_epochs,
-            loss=self._mean_loss,
+            loss=self._tally.mean_loss,
             images_per_s=rate * batching.step_samples or None,
             wait_share=self._pace.wait_share,
             eta_s=(batching.num_steps - self.step) / rate if rate else None,

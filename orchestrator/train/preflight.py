@@ -56,6 +56,8 @@ def check_config(config: Config) -> None:
     rule = "must be two ascending numbers above 0, e.g. [0.75, 1.3333]"
     _require("data.crop_ratio", [low, high], 0 < low <= high, rule)
     _require("data.flip", data.flip, 0 <= data.flip <= 1, "must be a probability, from 0 to 1")
+    share = data.max_bad_fraction
+    _require("data.max_bad_fraction", share, 0 <= share <= 1, "must be a share, from 0 to 1")
     rule = "must be a share above 0 and up to 1, e.g. 0.875"
     _require("data.eval_crop", data.eval_crop, 0 < data.eval_crop <= 1, rule)
     _require("data.std", list(data.std), min(data.std) > 0, "must be above 0, e.g. 0.225 each")

@@ -4,11 +4,9 @@ import dataclasses
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytorch_lightning as pl
 import ray
 import ray.train
@@ -26,8 +24,8 @@ from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
 from orchestrator.data.feeds import Feed
 from orchestrator.data.index import read_index
-from orchestrator.data.loader import PREFETCH_BLOCKS, Loader, OpenSegment, Pass
-from orchestrator.data.source import Placement, split_segment
+from orchestrator.data.loader import Loader, Opened, OpenSegment, Pass
+from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
 from orchestrator.run import CONFIG_FILE, append_event
 from orchestrator.train import checkpoint, model
 from orchestrator.train.callback import Recorder
@@ -204,18 +202,14 @@ def _loader(feed: Feed, job: Job, placement: Placement, *, rank: int, step: int)
 
 
 def _segment_opener(feed: Feed, placement: Placement, rank: int) -> OpenSegment:
-    def open_segment(step: int) -> tuple[Iterator[pa.Table], int]:
+    def open_segment(step: int) -> Opened:
         opened = None
         if rank == 0:
             # Only here is the table of shards read: the others learn where the segment ends.
-            stop = feed.segment_stop(step)
-            opened = split_segment(feed, placement, step=step, stop_step=stop), stop
-        iterators, stop_step = broadcast_from_rank_zero(opened)
-        mine = iterators[rank]
-        blocks = mine.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_BLOCKS
-        )
-        return iter(blocks), stop_step
+            segment = plan_segment(feed, placement, step)
+            opened = split_segment(feed, placement, segment), segment
+        iterators, segment = broadcast_from_rank_zero(opened)
+        return Opened(blocks_of(iterators[rank]), segment.stop_step, segment.open_next_at)
 
     return open_segment
 

@@ -1,7 +1,7 @@
 """The worker's side: order checked, pieces joined, short steps filled with weight 0."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,9 +11,10 @@ from packed import write_packed
 
 from orchestrator.config import Config, DataConfig, TrainConfig
 from orchestrator.data import feeds, plan
+from orchestrator.data.assemble import Costs, WrongOrderError, assemble
 from orchestrator.data.device import ToDevice
 from orchestrator.data.feeds import Feed
-from orchestrator.data.loader import Costs, Loader, WrongOrderError, assemble
+from orchestrator.data.loader import Loader, Opened
 
 
 def make_feed(root: Path, *, num_workers: int, global_batch: int = 7, **packed: object) -> Feed:
@@ -30,10 +31,14 @@ def split(feed: Feed, step: int, stop: int) -> list[list[pa.Table]]:
     return [blocks[rank :: feed.batching.num_workers] for rank in range(feed.batching.num_workers)]
 
 
+def generated(blocks: list[pa.Table]) -> Generator[pa.Table, None, None]:
+    yield from blocks
+
+
 def loader(feed: Feed, rank: int, *, step: int = 0, segment: int = 3) -> Loader:
-    def open_segment(first: int) -> tuple[Iterator[pa.Table], int]:
+    def open_segment(first: int) -> Opened:
         stop = min(first + segment, feed.batching.num_steps)
-        return iter(split(feed, first, stop)[rank]), stop
+        return Opened(generated(split(feed, first, stop)[rank]), stop, open_next_at=stop - 1)
 
     to_device = ToDevice(torch.device("cpu"), feed.reader.render.data)
     return Loader(
@@ -89,9 +94,9 @@ def test_a_planted_wrong_order_raises(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_segment_that_ends_early_raises(tmp_path: Path) -> None:
     feed = make_feed(tmp_path, num_workers=2)
 
-    def open_segment(step: int) -> tuple[Iterator[pa.Table], int]:
+    def open_segment(step: int) -> Opened:
         # Ray Data drops the last (rows mod workers) rows of an execution that is not planned.
-        return iter(split(feed, step, step + 3)[0][:-1]), step + 3
+        return Opened(generated(split(feed, step, step + 3)[0][:-1]), step + 3, step + 3)
 
     mine = Loader(
         feed.batching,
@@ -111,7 +116,7 @@ def test_a_stream_that_ends_early_raises(tmp_path: Path) -> None:
         feed.batching,
         rank=0,
         step=0,
-        open_segment=lambda step: (iter(split(feed, step, step + 1)[0][:0]), 12),
+        open_segment=lambda step: Opened(generated(split(feed, step, step + 1)[0][:0]), 12, 12),
         to_device=ToDevice(torch.device("cpu"), feed.reader.render.data),
         image_size=8,
     )
@@ -155,3 +160,27 @@ def test_iterating_reads_nothing_before_a_batch_is_asked_for(tmp_path: Path) -> 
     first = next(iter(mine.take(1)))
     assert mine.current.batch.micro == 0
     assert len(first["id"]) == 7
+
+
+def test_the_next_segment_is_opened_before_the_one_in_hand_ends(tmp_path: Path) -> None:
+    feed = make_feed(tmp_path, num_workers=1)
+    opened: list[tuple[int, int | None]] = []
+    mine: Loader
+
+    def open_segment(step: int) -> Opened:
+        opened.append((step, mine.current.batch.micro if mine.current else None))
+        stop = min(step + 5, feed.batching.num_steps)
+        return Opened(generated(split(feed, step, stop)[0]), stop, open_next_at=stop - 2)
+
+    mine = Loader(
+        feed.batching,
+        rank=0,
+        step=0,
+        open_segment=open_segment,
+        to_device=ToDevice(torch.device("cpu"), feed.reader.render.data),
+        image_size=8,
+    )
+    ids = [batch["id"] for batch in mine.take(feed.batching.num_steps)]
+    assert sum(map(len, ids)) == 80
+    # Steps 0 to 11; each segment but the first is opened when step stop - 2 is asked for.
+    assert opened == [(0, None), (5, 2), (10, 7)]

@@ -187,6 +187,24 @@ def test_broken_images_are_quarantined_and_counted(tmp_path: Path) -> None:
     assert_exactly_once(result, missing=frozenset(broken) - {"val-0002"})
 
 
+def test_a_run_stops_where_too_many_images_are_bad(tmp_path: Path) -> None:
+    broken = {f"train-{i:04d}": b"<html>gone</html>" for i in range(0, 10_200, 50)}
+    index = write_packed(
+        tmp_path / "data", train=10_200, val=4, chunk_rows=512, shard_rows=5_100, broken=broken
+    )
+    config = make_config(index, tmp_path, "rotten", "UserModule")
+    data = dataclasses.replace(config.data, global_batch=512, max_micro_batch=256, audit=False)
+    config = replace_train(
+        dataclasses.replace(config, data=data), checkpoint=CheckpointConfig(every_steps=None)
+    )
+    with pytest.raises(UserError, match=r"not_an_image 2\d\d.*data\.max_bad_fraction=0\.01"):
+        fit(config)
+    table = pq.read_table(f"{tmp_path}/rotten/quarantine.parquet").to_pylist()
+    assert {row["first_bytes"] for row in table} == {b"<html>gone</html>"[:16].hex()}
+    assert len(table) >= 200
+    assert len({row["id"] for row in table}) == len(table)
+
+
 def test_a_monitor_that_is_never_logged_is_said_in_one_line(data: Index, tmp_path: Path) -> None:
     config = make_config(data, tmp_path, "unlogged", "UserModule")
     config = replace_train(config, early_stopping=EarlyStoppingConfig(monitor="val_los"))
