@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero3"]
 Precision = Literal["auto", "32", "bf16", "16"]
 Mode = Literal["min", "max"]
+ClassWeights = Literal["balanced"] | dict[str, float]
 Policy = Literal["none", "randaugment", "trivialaugment"]
 
 
@@ -48,8 +49,8 @@ class AugmentConfig:
     magnitude: int = 9
     """Strength of randaugment, from 0 to 30."""
     transforms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Transforms of torchvision.transforms.v2 or your own, each {class_path, init_args}, called with
-    one uint8 image (3, S, S); slower than those above, which change a whole batch at once."""
+    """Transforms of torchvision.transforms.v2 or your own, each {class_path, init_args}, given one
+    uint8 image (3, S, S) at a time; slower than those above, which change a whole batch at once."""
     erasing: float = 0.0
     """Probability that a rectangle is filled with the mean colour (random erasing)."""
     erasing_scale: tuple[float, float] = (0.02, 0.33)
@@ -72,7 +73,7 @@ class DataConfig:
     """URI of the packed data set: the folder that `orchestrator pack --out` wrote."""
     mix: tuple[MixPart, ...] = ()
     """Several packed data sets in place of `index`: a list of {index: URI, weight: number}."""
-    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    class_weights: ClassWeights | None = None
     """Repeat samples by class: balanced, or {class name: weight} (1 where it is not named)."""
     global_batch: int = 256
     """Samples per optimizer step, whatever the number of workers."""

@@ -17,9 +17,10 @@ from orchestrator import cluster, storage
 from orchestrator.config import Config, UserError
 from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
-from orchestrator.data.index import Index, read_index, verify
+from orchestrator.data.index import Index
 from orchestrator.data.loader import Loader, Opened
 from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
+from orchestrator.data.sources import read_data, verify_data
 from orchestrator.run import EVALUATION_FILE, read_config
 from orchestrator.train import checkpoint, model, preflight
 from orchestrator.train.precision import lightning_precision
@@ -52,9 +53,9 @@ def evaluate(
     """
     run = storage.absolute(run)
     config = read_config(run)
-    index = read_index(config.data.index)
+    index = read_data(config.data)
     manifest = _choose(run, config, which)
-    _check(index, manifest, split)
+    _check(config, index, manifest, split)
     cluster.connect(verbose=verbose)
     scaling = dataclasses.replace(config.scaling, num_workers=1)
     preflight.check_resources(
@@ -93,13 +94,18 @@ def _choose(run: str, config: Config, which: Which) -> checkpoint.Manifest:
     return best if which == "best" and best else manifests[-1]
 
 
-def _check(index: Index, manifest: checkpoint.Manifest, split: str) -> None:
+def _check(config: Config, index: Index, manifest: checkpoint.Manifest, split: str) -> None:
+    if index.label_kind != "class":
+        raise UserError(
+            f"{index.uri} has labels of kind {index.label_kind!r} but accuracy needs one class a "
+            "sample; use what the module's validation_step logs."
+        )
     if split not in index.splits:
         raise UserError(
             f"--split={split!r}: {index.uri} has only {', '.join(index.splits)}; choose one, or "
             "pack with --test-fraction."
         )
-    verify(index)
+    verify_data(config.data)
     if index.digest != manifest.index_digest:
         raise UserError(
             f"{index.uri} has the digest {index.digest[:12]} but the run was trained on "
@@ -110,7 +116,7 @@ def _check(index: Index, manifest: checkpoint.Manifest, split: str) -> None:
 def _evaluate_on_worker(job: _Job) -> dict[str, Any]:
     cluster.extend_imports(job.import_paths)
     device = torch.device("cuda" if job.config.scaling.gpus_per_worker else "cpu")
-    index = read_index(job.config.data.index)
+    index = read_data(job.config.data)
     module = model.build(job.config.model, num_classes=len(index.classes))
     with tempfile.TemporaryDirectory(prefix="orchestrator-evaluate-") as folder:
         checkpoint.fetch(job.run, job.manifest, Path(folder))

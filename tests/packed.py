@@ -1,5 +1,6 @@
 """A small packed data set written directly: for tests that read one and need no Ray to make it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,11 +20,16 @@ def write_packed(
     shard_rows: int = 20,
     num_classes: int = 3,
     broken: dict[str, bytes] | None = None,
+    prefix: str = "",
+    label_of: Callable[[int], int] | None = None,
 ) -> Index:
     """Write `train` and `val` images as shards; `broken` replaces the bytes of some ids."""
+    label = label_of or (lambda i: i % num_classes)
     shards = []
     for split, count in (("train", train), ("val", val)):
-        rows = [_row(split, i, num_classes, broken or {}) for i in range(count)]
+        rows = [
+            _row(f"{prefix}{split}-{i:04d}", split, i, label(i), broken or {}) for i in range(count)
+        ]
         for start in range(0, count, shard_rows):
             part = rows[start : start + shard_rows]
             shards.append(_write_shard(root, split, start, part, chunk_rows))
@@ -31,13 +37,14 @@ def write_packed(
     return write_index(str(root), classes=names, shards=shards, settings={}, quarantined=0)
 
 
-def _row(split: str, i: int, num_classes: int, broken: dict[str, bytes]) -> dict[str, object]:
-    sample_id = f"{split}-{i:04d}"
+def _row(
+    sample_id: str, split: str, i: int, label: int, broken: dict[str, bytes]
+) -> dict[str, object]:
     image = broken.get(sample_id, encode_png(i + 1000 * (split == "val")))
     return {
         "id": sample_id,
         "image": image,
-        "label": i % num_classes,
+        "label": label,
         "width": 8,
         "height": 8,
         "checksum": xxhash.xxh3_64_intdigest(image),

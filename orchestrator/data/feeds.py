@@ -5,20 +5,12 @@ import functools
 from collections.abc import Callable, Iterator
 
 from orchestrator.config import Config
-from orchestrator.data import plan
+from orchestrator.data import balance, plan
 from orchestrator.data.fetch import Layout, Work
-from orchestrator.data.index import ChunkRef, Index, read_chunks
+from orchestrator.data.index import Index
 from orchestrator.data.plan import Batching
 from orchestrator.data.render import Reader, Render
-from orchestrator.data.stream import Ints, Order, Stream
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-    """An order of samples and where they lie: only the process that plans read tasks holds one."""
-
-    order: Order
-    locate: Callable[[Ints], list[ChunkRef]]
+from orchestrator.data.sources import Source, open_source
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +48,7 @@ def training_feed(config: Config, index: Index, *, num_workers: int) -> Feed:
         batching,
         _reader(config, index, batching, augment=True),
         samples,
-        functools.partial(_open, config, index, "train", shuffle=True),
+        functools.partial(open_source, data, "train", seed=config.seed, shuffle=True),
     )
 
 
@@ -76,7 +68,7 @@ def evaluation_feed(
         batching,
         _reader(config, index, batching, augment=False),
         samples,
-        functools.partial(_open, config, index, split, shuffle=False),
+        functools.partial(open_source, config.data, split, seed=config.seed, shuffle=False),
     )
 
 
@@ -85,17 +77,14 @@ def _sample_bytes(config: Config) -> int:
 
 
 def _reader(config: Config, index: Index, batching: Batching, *, augment: bool) -> Reader:
-    layout = Layout(index.columns, index.label_kind, index.classes)
+    weights = None
+    if augment and config.data.class_weights is not None:
+        weights = tuple(
+            balance.class_weights(
+                config.data.class_weights,
+                classes=index.classes,
+                class_samples=index.class_samples,
+            ).tolist()
+        )
+    layout = Layout(index.columns, index.label_kind, index.classes, weights)
     return Reader(batching, Render(config.data, config.seed, augment), layout)
-
-
-def _open(config: Config, index: Index, split: str, *, shuffle: bool) -> Source:
-    chunks = read_chunks(index, split)
-    order = Stream(
-        chunks.sizes,
-        digest=index.digest,
-        seed=config.seed,
-        window_chunks=config.data.window_chunks,
-        shuffle=shuffle,
-    )
-    return Source(order, chunks.locate)

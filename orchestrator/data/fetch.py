@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestrator.config import UserError
-from orchestrator.data import plan
+from orchestrator.data import balance, plan
 from orchestrator.data.chunk import ChunkColumns, read_chunk
 from orchestrator.data.index import ChunkRef
-from orchestrator.data.stream import Window
+from orchestrator.data.stream import Ints, Window
 
 # Chunks that one task fetches at once. They wait for storage, not for a CPU.
 _THREADS = 8
@@ -76,6 +76,8 @@ class Layout:
     """What we call a column -> its name in the shards; see `chunk.read_chunk`."""
     label_kind: str
     classes: tuple[str, ...]
+    class_weights: tuple[float, ...] | None = None
+    """Of a sample of each class, for weighted sampling; see `balance.picks`."""
 
     def read(self, ref: ChunkRef) -> tuple[ChunkColumns, float]:
         """Read a chunk and check its labels; return it and how many seconds that took.
@@ -114,9 +116,9 @@ def samples(work: Work, layout: Layout, cost: Cost) -> Iterator[Sample]:
             for window, refs in zip(work.task.windows, work.chunks, strict=True):
                 coming.append((window, _start(work.task, window, refs, layout, pool)))
                 if len(coming) == _WINDOWS_HELD:
-                    yield from _window_samples(work.task, *coming.popleft(), cost)
+                    yield from _window_samples(work.task, *coming.popleft(), layout, cost)
             while coming:
-                yield from _window_samples(work.task, *coming.popleft(), cost)
+                yield from _window_samples(work.task, *coming.popleft(), layout, cost)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # of a task that is given up
 
@@ -132,8 +134,11 @@ def _start(
     pool: ThreadPoolExecutor,
 ) -> list[_Coming]:
     """Start reading the chunks of a window that the task needs."""
-    sections, _ = window.samples(max(task.start, window.start), min(task.stop, window.stop))
-    needed = set(np.unique(sections).tolist())
+    needed = set(range(len(refs)))
+    if layout.class_weights is None:  # else the labels of all samples decide
+        start, stop = max(task.start, window.start), min(task.stop, window.stop)
+        sections, _ = window.samples(start, stop)
+        needed = set(np.unique(sections).tolist())
     return [
         pool.submit(layout.read, ref) if number in needed else None
         for number, ref in enumerate(refs)
@@ -141,15 +146,29 @@ def _start(
 
 
 def _window_samples(
-    task: plan.Task, window: Window, coming: list[_Coming], cost: Cost
+    task: plan.Task, window: Window, coming: list[_Coming], layout: Layout, cost: Cost
 ) -> Iterator[Sample]:
-    start, stop = max(task.start, window.start), min(task.stop, window.stop)
     chunks = [_wait(future, cost) for future in coming]
-    sections, rows = window.samples(start, stop)
-    for place, (section, row) in enumerate(zip(sections.tolist(), rows.tolist(), strict=True)):
+    position, stop = max(task.start, window.start), min(task.stop, window.stop)
+    places = _order(window, chunks, layout)[position - window.start : stop - window.start]
+    sections, rows = window.locate(places)
+    for section, row in zip(sections.tolist(), rows.tolist(), strict=True):
         chunk = chunks[section]
         assert chunk is not None
-        yield _sample(chunk, row, position=start + place, epoch=int(window.epoch[section]))
+        yield _sample(chunk, row, position=position, epoch=int(window.epoch[section]))
+        position += 1
+
+
+def _order(window: Window, chunks: list[ChunkColumns | None], layout: Layout) -> Ints:
+    if layout.class_weights is None:
+        return window.order()
+    labels = [
+        chunk.columns["label"].slice(first, rows).to_numpy()
+        for chunk, first, rows in zip(chunks, window.first_row, window.rows, strict=True)
+        if chunk is not None
+    ]
+    key = window.start if window.key is None else window.key
+    return balance.picks(np.concatenate(labels), np.array(layout.class_weights), key)
 
 
 def _wait(future: _Coming, cost: Cost) -> ChunkColumns | None:

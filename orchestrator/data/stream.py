@@ -161,9 +161,18 @@ class Window:
 
     def samples(self, start: int, stop: int) -> tuple[Ints, Ints]:
         """Return the section and the row of each of the positions [start, stop), shape (n,)."""
-        part = slice(start - self.start, stop - self.start)
-        place = np.arange(self.stop - self.start)
-        place = (place if self.key is None else shuffled(len(place), self.key))[part]
+        return self.locate(self.order()[start - self.start : stop - self.start])
+
+    def order(self) -> Ints:
+        """Return, for each position, which of the window's samples it shows, shape (stop - start,).
+
+        Samples are counted through the sections.
+        """
+        count = self.stop - self.start
+        return np.arange(count) if self.key is None else shuffled(count, self.key)
+
+    def locate(self, place: Ints) -> tuple[Ints, Ints]:
+        """Return the section and the row of samples that `order` numbers, each shape (n,)."""
         ends = np.cumsum(self.rows)
         section = np.searchsorted(ends, place, side="right")
         return section, self.first_row[section] + place - (ends - self.rows)[section]

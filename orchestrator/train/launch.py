@@ -16,7 +16,7 @@ from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from orchestrator import cluster, progress, storage
-from orchestrator.config import Config, UserError
+from orchestrator.config import Config, DataConfig, UserError
 from orchestrator.run import (
     append_event,
     check_same_run,
@@ -96,9 +96,7 @@ def fit(
         TrainingFailed: training ended by an error; the run can be resubmitted.
     """
     preflight.check_config(config)
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, index=storage.absolute(config.data.index))
-    )
+    config = dataclasses.replace(config, data=_absolute(config.data))
     strategy = check(config)
     run = run_uri(config)
     if preflight.is_finished(config, run):
@@ -125,6 +123,15 @@ def fit(
         )
         _run_trainer(job, verbose=verbose, callbacks=callbacks)
     return RunResult(run, _write_result(run, config, wall_s=time.monotonic() - began))
+
+
+def _absolute(data: DataConfig) -> DataConfig:
+    """Name the data such that every process of the cluster finds it."""
+    parts = tuple(
+        dataclasses.replace(part, index=storage.absolute(part.index)) for part in data.mix
+    )
+    index = storage.absolute(data.index) if data.index else ""
+    return dataclasses.replace(data, index=index, mix=parts)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ from typing import Any
 import ray
 import torch
 
-from orchestrator.config import Config, UserError
-from orchestrator.data.index import Index, read_index, verify
+from orchestrator.config import ClassWeights, Config, UserError
+from orchestrator.data import balance
+from orchestrator.data.index import Index
+from orchestrator.data.sources import read_data, verify_data
 from orchestrator.train import checkpoint, model
 from orchestrator.train.module import ImageClassifier
 from orchestrator.train.precision import Choice
@@ -24,7 +26,8 @@ def check_config(config: Config) -> None:
     inside = ".." not in config.name.split("/") and not config.name.startswith("/")
     rule = "must be a folder name; choose one such as my-run"
     _require("name", config.name, config.name and inside, rule)
-    _require("data.index", data.index, data.index, "must name what `orchestrator pack --out` wrote")
+    rule = "must name what `orchestrator pack --out` wrote"
+    _require("data.index", data.index, data.index or data.mix, rule)
     for key, value in (
         ("data.global_batch", data.global_batch),
         ("data.max_micro_batch", data.max_micro_batch),
@@ -77,10 +80,12 @@ def check_data(config: Config) -> Index:
     Raises:
         UserError: there is no data set, it was changed, or the config does not fit it.
     """
-    index = read_index(config.data.index)
+    index = read_data(config.data)
     if "train" not in index.splits:
         raise UserError(f"{index.uri} has no training images; pack it with smaller fractions.")
-    verify(index)
+    verify_data(config.data)
+    if config.data.class_weights is not None:
+        _check_class_weights(config.data.class_weights, index)
     samples, workers = index.splits["train"].samples, config.scaling.num_workers
     rule = f"is larger than the {samples} training images of {index.uri}; lower it"
     batch = config.data.global_batch
@@ -97,6 +102,13 @@ def check_data(config: Config) -> Index:
             f"validation images of {index.uri}; use fewer workers or a larger --val-fraction."
         )
     return index
+
+
+def _check_class_weights(weights: ClassWeights, index: Index) -> None:
+    kind = index.label_kind
+    rule = f"needs one class a sample but {index.uri} has labels of kind {kind!r}; set it to null"
+    _require("data.class_weights", weights, kind == "class", rule)
+    balance.class_weights(weights, classes=index.classes, class_samples=index.class_samples)
 
 
 def check_model(config: Config, index: Index) -> None:

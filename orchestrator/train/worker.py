@@ -23,9 +23,9 @@ from orchestrator.config import Config, UserError
 from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
 from orchestrator.data.feeds import Feed
-from orchestrator.data.index import read_index
 from orchestrator.data.loader import Loader, Opened, OpenSegment, Pass
 from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
+from orchestrator.data.sources import read_data
 from orchestrator.run import CONFIG_FILE, append_event
 from orchestrator.train import checkpoint, model
 from orchestrator.train.callback import Recorder
@@ -57,7 +57,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     _prepare_process(job)
     config, rank = job.config, ray.train.get_context().get_world_rank()
     num_workers = ray.train.get_context().get_world_size()
-    index = read_index(config.data.index)
+    index = read_data(config.data)
     with tempfile.TemporaryDirectory(
         prefix="orchestrator-resume-", ignore_cleanup_errors=True
     ) as folder:
@@ -215,7 +215,7 @@ def _segment_opener(feed: Feed, placement: Placement, rank: int) -> OpenSegment:
 
 
 def _validation_loader(job: Job, placement: Placement, rank: int) -> Loader:
-    index = read_index(job.config.data.index)
+    index = read_data(job.config.data)
     num_workers = ray.train.get_context().get_world_size()
     feed = feeds.evaluation_feed(
         job.config,
