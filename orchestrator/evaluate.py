@@ -145,7 +145,7 @@ def _loader(job: _Job, index: Index, device: torch.device) -> Loader:
         rank=0,
         step=0,
         open_segment=open_segment,
-        to_device=ToDevice(device, job.config.data),
+        to_device=ToDevice(device, job.config.data, num_classes=len(index.classes)),
         image_size=job.config.data.image_size,
     )
 

@@ -14,6 +14,7 @@ import torch
 
 from orchestrator.data.assemble import Costs, WrongOrderError, assemble
 from orchestrator.data.batch import MicroBatch
+from orchestrator.data.device import Ahead, ToDevice
 from orchestrator.data.plan import Batching
 
 _CLOSE_TIMEOUT_S = 10
@@ -65,7 +66,7 @@ class Loader:
         rank: int,
         step: int,
         open_segment: OpenSegment,
-        to_device: Callable[[MicroBatch], dict[str, Any]],
+        to_device: ToDevice,
         image_size: int,
     ) -> None:
         self.batching = batching
@@ -76,14 +77,14 @@ class Loader:
         self._rank = rank
         self._step = step
         self._open_segment = open_segment
-        self._to_device = to_device
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="next-segment")
         self._reading: list[tuple[Generator[pa.Table, None, None], Future[pa.Table | None]]] = []
         self._batches = self._all_batches()
+        self._ahead = Ahead(self._due(), to_device)
         # Stands in, with weight 0, where a worker's share of a short step is empty: its latest
         # batch, so that running statistics see real images.
         self._stand_in = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
-        self._stand_in_labels = [0, 0]
+        self._stand_in_labels: list[Any] = [None, None]
 
     def take(self, steps: int) -> "Pass":
         """Return the next `steps` steps as a sized iterable for Lightning's loops."""
@@ -120,29 +121,45 @@ class Loader:
         last = opened.stop_step >= self.batching.num_steps
         return not last and micro // self.batching.micro_batches >= opened.open_next_at
 
+    def _due(self) -> Iterator[tuple[Current, MicroBatch]]:
+        """Yield what each training step works on, a stand-in where its share is empty."""
+        last = self.batching.num_steps * self.batching.micro_batches - self.batching.num_workers
+        while True:
+            began = time.perf_counter()
+            batch = next(self._batches, None)
+            self.waited_s += time.perf_counter() - began
+            if batch is None:
+                return
+            if batch.micro >= last:
+                # Let Ray Data see the end of its blocks, and clean up while Ray lives.
+                next(self._batches, None)
+            good = len(batch.ids)
+            current = Current(batch, self.batching.loss_weight(batch.micro, good), good)
+            if good:
+                self._stand_in, self._stand_in_labels = batch.pixels, batch.labels
+                yield current, batch
+            else:
+                yield current, self._stand_in_for(batch)
+
+    def _stand_in_for(self, batch: MicroBatch) -> MicroBatch:
+        count = len(self._stand_in_labels)
+        return dataclasses.replace(
+            batch,
+            pixels=self._stand_in,
+            labels=self._stand_in_labels,
+            ids=[""] * count,
+            epochs=[0] * count,
+        )
+
     def next_batch(self) -> dict[str, Any]:
         """Return the next batch on the device, and set `current` to what it holds."""
-        began = time.perf_counter()
-        batch = next(self._batches, None)
-        self.waited_s += time.perf_counter() - began
-        if batch is None:
+        found = next(self._ahead, None)
+        if found is None:
             raise WrongOrderError(
                 f"worker {self._rank} ran out of blocks before the run's last step."
             )
-        if batch.micro >= self.batching.num_steps * self.batching.micro_batches - (
-            self.batching.num_workers
-        ):
-            # The last one: let Ray Data see the end of its blocks, and clean up while Ray lives.
-            next(self._batches, None)
-        good = len(batch.ids)
-        self.current = Current(batch, self.batching.loss_weight(batch.micro, good), good)
-        if good:
-            self._stand_in, self._stand_in_labels = batch.pixels, batch.labels
-            return self._to_device(batch)
-        ids = [""] * len(self._stand_in_labels)
-        return self._to_device(
-            dataclasses.replace(batch, pixels=self._stand_in, labels=self._stand_in_labels, ids=ids)
-        )
+        self.current, batch = found
+        return batch
 
     def close(self) -> None:
         """Stop reading. Ray Data's iterator tells its coordinator, so Ray must still be up."""

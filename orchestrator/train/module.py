@@ -22,8 +22,9 @@ _WARMUP_SHARE = 0.05
 class ImageClassifier(pl.LightningModule):
     """Cross-entropy training of one network: warm-up, then a cosine to zero.
 
-    A batch is {"image": float32 (n, 3, S, S) normalised, "label": int64 (n,), "id": [str]}. One
-    whose ids are empty stands in for images that could not be read and is not counted.
+    A batch is {"image": float32 (n, 3, S, S) normalised, "label": int64 (n,), "id": [str]}; where
+    mixup or cutmix is on, labels in training are float32 (n, num_classes), each row adding up to 1.
+    One whose ids are empty stands in for images that could not be read and is not counted.
 
     Args:
         arch: `tiny_resnet`, or the name of a model of torchvision or timm.
@@ -77,9 +78,11 @@ class ImageClassifier(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """Return the batch's mean loss and log it as train_loss."""
-        loss = functional.cross_entropy(
-            self(batch["image"]).float(), batch["label"], label_smoothing=self._label_smoothing
-        )
+        logits, labels = self(batch["image"]).float(), batch["label"]
+        if labels.is_floating_point():
+            # DeepSpeed casts every float of a batch to its own precision.
+            labels = labels.to(logits.dtype)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
         self.log("train_loss", loss.detach(), batch_size=len(batch["id"]))
         return loss
 
@@ -127,6 +130,20 @@ class ImageClassifier(pl.LightningModule):
             nesterov = self._momentum > 0
             return SGD(groups, lr=self._lr, momentum=self._momentum, nesterov=nesterov)
         return AdamW(groups, lr=self._lr)
+
+
+def check_label_kind(label_kind: str) -> None:
+    """Hold the data set's labels against what `ImageClassifier` learns.
+
+    Raises:
+        UserError: they are not classes.
+    """
+    if label_kind != "class":
+        raise UserError(
+            f"model.class_path=orchestrator.train.module.ImageClassifier learns one class for each "
+            f"image but the labels of this data set are {label_kind!r}; name a LightningModule of "
+            "your own, or pack with class labels."
+        )
 
 
 def _check(name: str, value: object, valid: bool, rule: str) -> None:

@@ -7,11 +7,11 @@ import ray
 import torch
 
 from orchestrator.config import ClassWeights, Config, UserError
-from orchestrator.data import balance
+from orchestrator.data import augment, balance
 from orchestrator.data.index import Index
 from orchestrator.data.sources import read_data, verify_data
 from orchestrator.train import checkpoint, model
-from orchestrator.train.module import ImageClassifier
+from orchestrator.train.module import ImageClassifier, check_label_kind
 from orchestrator.train.precision import Choice
 
 
@@ -84,6 +84,7 @@ def check_data(config: Config) -> Index:
     if "train" not in index.splits:
         raise UserError(f"{index.uri} has no training images; pack it with smaller fractions.")
     verify_data(config.data)
+    augment.check(config.data, label_kind=index.label_kind)
     if config.data.class_weights is not None:
         _check_class_weights(config.data.class_weights, index)
     samples, workers = index.splits["train"].samples, config.scaling.num_workers
@@ -105,10 +106,12 @@ def check_data(config: Config) -> Index:
 
 
 def _check_class_weights(weights: ClassWeights, index: Index) -> None:
-    kind = index.label_kind
-    rule = f"needs one class a sample but {index.uri} has labels of kind {kind!r}; set it to null"
-    _require("data.class_weights", weights, kind == "class", rule)
-    balance.class_weights(weights, classes=index.classes, class_samples=index.class_samples)
+    balance.class_weights(
+        weights,
+        classes=index.classes,
+        class_samples=index.class_samples,
+        label_kind=index.label_kind,
+    )
 
 
 def check_model(config: Config, index: Index) -> None:
@@ -120,6 +123,7 @@ def check_model(config: Config, index: Index) -> None:
     model.refuse_second_lightning()
     model.init_args(config.model, num_classes=len(index.classes))
     if issubclass(model.find_class(config.model.class_path), ImageClassifier):
+        check_label_kind(index.label_kind)
         # It reads nothing but its arguments, so it can be tried without allocating weights.
         with torch.device("meta"):
             model.build(config.model, num_classes=len(index.classes))

@@ -23,6 +23,7 @@ from orchestrator.config import Config, UserError
 from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
 from orchestrator.data.feeds import Feed
+from orchestrator.data.index import Index
 from orchestrator.data.loader import Loader, Opened, OpenSegment, Pass
 from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
 from orchestrator.data.sources import read_data
@@ -72,7 +73,7 @@ def train_worker(payload: dict[str, Any]) -> None:
         _check_module(module, config, feed.batching.accumulation)
         precision = _agree_on_precision(config, module, resumed, rank)
         placement = _placement(job)
-        loader = _loader(feed, job, placement, rank=rank, step=step)
+        loader = _loader(feed, job, index, placement, rank=rank, step=step)
         facts = RunFacts(
             run=job.run,
             config=config,
@@ -190,13 +191,21 @@ def _placement(job: Job) -> Placement:
     )
 
 
-def _loader(feed: Feed, job: Job, placement: Placement, *, rank: int, step: int) -> Loader:
+def _loader(
+    feed: Feed, job: Job, index: Index, placement: Placement, *, rank: int, step: int
+) -> Loader:
     return Loader(
         feed.batching,
         rank=rank,
         step=step,
         open_segment=_segment_opener(feed, placement, rank),
-        to_device=ToDevice(ray.train.torch.get_device(), job.config.data),
+        to_device=ToDevice(
+            ray.train.torch.get_device(),
+            job.config.data,
+            label_kind=index.label_kind,
+            num_classes=len(index.classes),
+            seed=job.config.seed if feed.reader.render.augment else None,
+        ),
         image_size=job.config.data.image_size,
     )
 
@@ -224,7 +233,7 @@ def _validation_loader(job: Job, placement: Placement, rank: int) -> Loader:
         passes=job.config.train.max_epochs,
         num_workers=num_workers,
     )
-    return _loader(feed, job, placement, rank=rank, step=0)
+    return _loader(feed, job, index, placement, rank=rank, step=0)
 
 
 class _Batches(pl.LightningDataModule):
@@ -284,6 +293,6 @@ def _trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choice) ->
 
 
 def _log_folder(run: str) -> str:
-    if not storage.is_s3(run):
+    if not storage.is_remote(run):
         return storage.join(run, "tensorboard")
     return tempfile.mkdtemp(prefix="orchestrator-tensorboard-")

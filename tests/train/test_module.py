@@ -9,7 +9,12 @@ import torch
 from torch.nn import functional
 
 from orchestrator.config import UserError
-from orchestrator.train.module import ImageClassifier, learning_rate_factor, parameter_groups
+from orchestrator.train.module import (
+    ImageClassifier,
+    check_label_kind,
+    learning_rate_factor,
+    parameter_groups,
+)
 
 CLASSES = 4
 
@@ -116,6 +121,37 @@ def test_bf16_autocast_and_bf16_weights(weights: torch.dtype) -> None:
     assert fit.callback_metrics["train_loss"].dtype == torch.float32
     found = {name: float(fit.callback_metrics[name]) for name in ("val_loss", "val_acc")}
     assert found == pytest.approx(exact(model, [batch(300, 1)]), rel=0.02)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_labels_are_probabilities(smoothing: float) -> None:
+    model, hard = module(label_smoothing=smoothing), batch(6, 0)
+    soft = {**hard, "label": functional.one_hot(hard["label"], CLASSES).float()}
+    neighbour = {**hard, "label": soft["label"].roll(1, 0)}
+    mixed = {**hard, "label": 0.7 * soft["label"] + 0.3 * neighbour["label"]}
+    first, same, second, both = (
+        model.training_step(each, 0).item() for each in (hard, soft, neighbour, mixed)
+    )
+    assert same == pytest.approx(first, rel=1e-6)
+    assert both == pytest.approx(0.7 * first + 0.3 * second, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_trains_with_soft_labels_and_validates_with_classes(precision: str) -> None:
+    batches = [batch(16, s) for s in range(10)]
+    for each in batches:
+        each["label"] = 0.9 * functional.one_hot(each["label"], CLASSES) + 0.1 / CLASSES
+    fit = trainer(max_epochs=3, precision=precision)
+    fit.fit(module(), Batches(batches), Batches([batch(50, 99)]))
+    assert float(fit.callback_metrics["val_acc"]) > 0.9
+
+
+def test_labels_that_are_not_classes_are_one_sentence() -> None:
+    check_label_kind("class")
+    with pytest.raises(
+        UserError, match=r"learns one class for each image but .* are 'multi'; name"
+    ):
+        check_label_kind("multi")
 
 
 def test_norms_and_biases_have_no_weight_decay() -> None:
