@@ -22,6 +22,7 @@ def class_weights(
     *,
     classes: Sequence[str],
     class_samples: Sequence[int],
+    label_kind: str = "class",
 ) -> Floats:
     """Return the weight of a sample of each class, shape (classes,).
 
@@ -30,10 +31,16 @@ def class_weights(
             mapping gives weights by class name, and 1 to the classes it does not name.
         classes: their names, by label.
         class_samples: training samples by label, or nothing where they were not counted.
+        label_kind: of the index.
 
     Raises:
         UserError: the setting does not fit the classes.
     """
+    if label_kind != "class":
+        raise UserError(
+            f"data.class_weights={setting!r} needs one class for each image but the labels of this "
+            f"data set are of the kind {label_kind!r}; set it to null."
+        )
     if setting == "balanced":
         if not class_samples:
             raise UserError(
@@ -69,7 +76,9 @@ def picks(labels: Ints, weights: Floats, key: int) -> Ints:
     down, 0 included. Each class of a window gets its expected share rounded up or down too.
 
     A share can only be kept where the class is: one that is missing from a window gets nothing
-    there, and a single sample of a rare class is repeated. See `rare_classes`.
+    there, and a single sample of a rare class is repeated. Two classes, balanced, in windows of
+    1,024: one of 1 % of the samples gets 0.49 of the positions, one of 0.1 % gets 0.38, and one of
+    0.01 % 0.09, in up to 900 copies of one sample. See `rare_classes`.
 
     Args:
         labels: of the window's samples in the order of its sections, shape (n,).

@@ -5,6 +5,7 @@ number of rows, so three integers say where its chunks end; only irregular shard
 hundred bytes a shard: 10^10 images in shards of 4096 are 2.4 million rows.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -34,7 +35,7 @@ _SCHEMA = pa.schema(
         ("irregular", pa.list_(pa.int32())),  # rows of every chunk; empty for a regular shard
     ]
 )
-CHUNK_COLUMNS = ("path", "chunks", "chunk_rows", "last_rows", "irregular")
+CHUNK_COLUMNS = ("path", "bytes", "etag", "chunks", "chunk_rows", "last_rows", "irregular")
 # Shards turned from objects to columns, or back, at a time.
 _BATCH_SHARDS = 4096
 # A row group of the table takes 20 MB in memory: what checking the digest needs.
@@ -220,17 +221,12 @@ def chunk_sizes(table: pa.Table) -> tuple[ChunkSizes, Ints]:
     The second is of shape (shards + 1,): it ends with the number of chunks. Memory is proportional
     to the shards and to the chunks of another size than most.
     """
-    chunks, usual, last = (
-        table[name].to_numpy().astype(np.int64) for name in ("chunks", "chunk_rows", "last_rows")
-    )
-    first = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int64)
+    chunks, usual, last = (table[name].to_numpy() for name in ("chunks", "chunk_rows", "last_rows"))
+    first = np.concatenate([[0], np.cumsum(chunks, dtype=np.int64)])
     irregular = np.flatnonzero(last == 0)
-    listed = pa.compute.list_flatten(table["irregular"]).to_numpy().astype(np.int64)
-    most = _most_frequent(
-        np.concatenate([usual, last, listed]),
-        np.concatenate([chunks - 1, np.ones(len(last) + len(listed), dtype=np.int64)]),
-    )
-    body = np.flatnonzero((usual != most) & (last != 0) & (chunks > 1))
+    listed = pa.compute.list_flatten(table["irregular"]).to_numpy()
+    most = _most_frequent((usual, chunks - 1), (last, last > 0), (listed, listed > 0))
+    body = np.flatnonzero((usual != most) & (last != 0))
     ends = np.flatnonzero((last != most) & (last != 0))
     numbers = np.concatenate(
         [
@@ -240,16 +236,20 @@ def chunk_sizes(table: pa.Table) -> tuple[ChunkSizes, Ints]:
         ]
     )
     rows = np.concatenate([np.repeat(usual[body], chunks[body] - 1), last[ends], listed])
-    numbers, rows = numbers[rows != most], rows[rows != most]
+    numbers, rows = numbers[rows != most], rows[rows != most].astype(np.int64)
     order = np.argsort(numbers, kind="stable")
     return ChunkSizes(int(first[-1]), most, numbers[order], rows[order]), first
 
 
-def _most_frequent(values: Ints, weights: Ints) -> int:
-    """Return the positive value with the largest sum of weights; the smallest of equals."""
-    found, place = np.unique(values, return_inverse=True)
-    totals = np.bincount(place, weights=weights) * (found > 0)
-    return int(found[np.argmax(totals)])
+def _most_frequent(*counted: tuple[npt.NDArray[np.int32], npt.NDArray[np.generic]]) -> int:
+    """Return the positive value with the largest sum of weights, of (values, weights) pairs."""
+    totals = collections.Counter[int]()
+    for values, weights in counted:
+        pairs = pa.table({"value": values, "weight": weights.astype(np.int64)})
+        sums = pairs.group_by("value", use_threads=False).aggregate([("weight", "sum")])
+        totals.update(dict(zip(*sums.to_pydict().values(), strict=True)))
+    del totals[0]
+    return max(totals, key=lambda value: (totals[value], -value))
 
 
 def _ranges(first: Ints, counts: Ints) -> Ints:

@@ -12,7 +12,8 @@ import numpy as np
 
 from orchestrator.config import DataConfig, UserError
 from orchestrator.data import mix
-from orchestrator.data.index import ChunkRef, Chunks, Index, Split, read_chunks, read_index, verify
+from orchestrator.data.index import Index, Split, read_chunks, read_index, verify
+from orchestrator.data.places import ChunkRef, Chunks
 from orchestrator.data.stream import Ints, Order, Stream
 
 

@@ -106,6 +106,11 @@ def test_weights_that_do_not_fit_are_refused(setting, message):
         class_weights(setting, classes=CLASSES, class_samples=())
 
 
+def test_labels_that_are_no_classes_have_no_weights():
+    with pytest.raises(UserError, match=r"needs one class for each image but .* kind 'float'"):
+        class_weights({}, classes=(), class_samples=(), label_kind="float")
+
+
 def test_classes_that_a_window_seldom_holds_are_named():
     assert rare_classes([9000, 990, 9, 0], window=1024) == [2]
     assert rare_classes([9000, 990, 10, 0], window=1024) == []

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator import storage
 from orchestrator.config import UserError
 from orchestrator.data.index import (
     INDEX_FILE,
-    ChunkRef,
     Shard,
     ShardColumns,
     Split,
@@ -23,6 +23,7 @@ from orchestrator.data.index import (
     verify,
     write_index,
 )
+from orchestrator.data.places import ChunkRef
 
 
 def make_shard(split, number, chunk_rows, *, content=7, etag=""):
@@ -114,7 +115,7 @@ def test_the_digest_does_not_depend_on_how_the_table_is_cut(tmp_path):
     pq.write_table(pq.read_table(tmp_path / index.table), tmp_path / index.table, row_group_size=1)
     verify(index)
     chunks = read_chunks(index, "val")
-    assert chunks.locate(np.array([0])) == [ChunkRef(f"{tmp_path}/val/000.parquet", 0, 3)]
+    assert chunks.locate(np.array([0])) == [ChunkRef(f"{tmp_path}/val/000.parquet", 0, 3, 30)]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_the_digest_does_not_depend_on_how_the_table_is_cut(tmp_path):
         (SHARDS, {"columns": {"image": "image.bytes"}}),
         (SHARDS, {"class_samples": (1, 2)}),
     ],
-    ids="shards classes chunks chunks content etag kind columns counts".split(),
+    ids=["shards", "classes", "chunks", "chunks", "content", "etag", "kind", "columns", "counts"],
 )
 def test_the_digest_depends_on_all_that_decides_training(tmp_path, shards, options):
     assert write(tmp_path / "b", shards, **options).digest != write(tmp_path / "a").digest
@@ -139,8 +140,9 @@ def test_the_digest_depends_on_all_that_decides_training(tmp_path, shards, optio
 def test_chunks_are_located_in_their_shards(tmp_path):
     chunks = read_chunks(write(tmp_path), "train")
     assert chunks.sizes.rows(np.arange(6)).tolist() == [4, 4, 2, 4, 4, 1]
-    places = [(0, 0, 4), (0, 1, 4), (0, 2, 2), (1, 0, 4), (2, 0, 4), (2, 1, 1)]
-    expected = [ChunkRef(f"{tmp_path}/train/{n:03d}.parquet", g, rows) for n, g, rows in places]
+    places = [(0, 0, 4, 100), (0, 1, 4, 100), (0, 2, 2, 100)]
+    places += [(1, 0, 4, 40), (2, 0, 4, 50), (2, 1, 1, 50)]
+    expected = [ChunkRef(f"{tmp_path}/train/{n:03d}.parquet", *place) for n, *place in places]
     assert chunks.locate(np.arange(6)) == expected
     assert chunks.locate(np.array([5, 0, 5])) == [expected[5], expected[0], expected[5]]
     assert read_chunks(read_index(str(tmp_path)), "val").locate(np.array([0]))[0].rows == 3
@@ -204,7 +206,7 @@ def test_a_changed_shard_table_is_refused(tmp_path):
     pq.write_table(table.slice(1), tmp_path / index.table)
     with pytest.raises(UserError, match="does not have the digest"):
         verify(index)
-    with pytest.raises(UserError, match="has 12 samples of split 'train' but INDEX.json says 19"):
+    with pytest.raises(UserError, match=r"has 12 samples of split .train. but INDEX\.json says 19"):
         read_chunks(index, "train")
     pq.write_table(table.drop_columns("etag"), tmp_path / index.table)
     with pytest.raises(UserError, match="is damaged"):
@@ -222,4 +224,17 @@ def test_a_shard_that_is_not_the_indexed_one_is_refused(tmp_path):
         verify(index)
     os.unlink(path)
     with pytest.raises(UserError, match=r"001\.parquet is missing but the index says"):
+        verify(index)
+
+
+def test_a_file_in_place_that_was_written_again_is_refused(tmp_path):
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"x" * 40)
+    shard = dataclasses.replace(SHARDS[1], path=str(file), etag=storage.etag(str(file)))
+    uri = str(tmp_path / "index")
+    index = write_index(uri, classes=(), shards=[shard], settings={}, quarantined=0)
+    verify(index)
+    file.write_bytes(b"y" * 40)
+    os.utime(file, (1, 1))
+    with pytest.raises(UserError, match=r"a\.parquet was written again but the index says"):
         verify(index)
