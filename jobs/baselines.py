@@ -52,7 +52,7 @@ def decode_alone(index_uri: str, size: int, seed: int) -> tuple[float, int]:
     )
     feed = feeds.training_feed(config, read_index(index_uri), num_workers=1)
     work = next(feed.works(step=0, stop_step=feed.batching.num_steps))
-    samples = list(fetch.samples(work, feed.reader.layout, fetch.Cost()))
+    samples = list(fetch.samples(work, feed.reader.layout, fetch.Cost))
     out = torch.empty(size, size, 3, dtype=torch.uint8).numpy()
     began = time.perf_counter()
     for sample in samples:

@@ -73,8 +73,8 @@ def append_event(run: str, kind: str, **fields: Any) -> None:
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     line = json.dumps({"time": moment, "event": kind, **fields}) + "\n"
     location = storage.join(run, EVENTS_FILE)
-    if storage.is_s3(run):
-        # S3 has no append; the file stays small (a decision or a failure a line).
+    if storage.is_remote(run):
+        # Buckets have no append; the file stays small (a decision or a failure a line).
         old = storage.read_bytes(location) if storage.exists(location) else b""
         storage.write_atomic(location, old + line.encode())
         return

@@ -1,32 +1,41 @@
-"""URI -> filesystem: reading, listing, atomic writes; local folders and S3 alike.
+"""URI -> storage: reading, listing, atomic writes; local folders and buckets alike.
 
-A URI is `s3://bucket/key`, `file:///path` or a plain path. The S3 client is made in s3.py, which
-only this file uses.
+A URI is `s3://bucket/key`, `gs://bucket/key`, `az://container/key`, `file:///path` or a plain path.
+The one door to `orchestrator.stores`, which knows the clients.
 """
 
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
-from urllib.parse import urlsplit
+from types import ModuleType
+from typing import IO
 
 import pyarrow.fs
 
-from orchestrator import s3
-from orchestrator.config import UserError
+from orchestrator.stores import buckets, identity, local, objects, reading, s3
+from orchestrator.stores.faults import (
+    ChangedError,
+    DeniedError,
+    LockedOutError,
+    MissingError,
+    OutageError,
+    StorageError,
+)
+from orchestrator.stores.local import Entry, local_path
+from orchestrator.stores.retry import Traffic
 
-
-class StorageError(UserError):
-    """A URI that cannot be read or written, with the reason and the remedy in one sentence."""
-
-
-class Entry(NamedTuple):
-    """One object or folder of a listing."""
-
-    name: str
-    is_folder: bool
-    size: int
+__all__ = [
+    "ChangedError",
+    "DeniedError",
+    "Entry",
+    "LockedOutError",
+    "MissingError",
+    "OutageError",
+    "StorageError",
+    "Traffic",
+    "local_path",
+]
+Ranges = Sequence[tuple[int, int]]
 
 
 def is_s3(uri: str) -> bool:
@@ -34,23 +43,15 @@ def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
-def local_path(uri: str) -> Path:
-    """Return the local path that a plain path or `file://` URI names.
-
-    Raises:
-        StorageError: it has another scheme.
-    """
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
-    if scheme not in ("", "file"):
-        raise StorageError(
-            f"{uri}: the scheme {scheme!r} is not supported; use s3://, file:// or a plain path."
-        )
-    return Path(uri.removeprefix("file://")).expanduser()
+def is_remote(uri: str) -> bool:
+    """Return whether `uri` lies in a bucket (S3, Google Cloud or Azure), not in a local folder."""
+    scheme, separator, _ = uri.partition("://")
+    return bool(separator) and scheme in objects.SCHEMES
 
 
 def absolute(uri: str) -> str:
     """Return `uri` such that every process of the cluster resolves it alike."""
-    return uri.rstrip("/") if is_s3(uri) else str(local_path(uri).resolve())
+    return uri.rstrip("/") if is_remote(uri) else str(local_path(uri).resolve())
 
 
 def join(uri: str, *parts: str) -> str:
@@ -58,86 +59,85 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, *, patience_s: float | None = None) -> bytes:
     """Return the whole content of one object or file.
+
+    Args:
+        uri: the object or file.
+        patience_s: seconds that transient failures are repeated; None: ten minutes, or 8 s where
+            the bucket has never served this process anything.
 
     Raises:
         StorageError: it is missing, or may not or cannot be read.
     """
     with explained(uri, "read"):
-        if is_s3(uri):
-            content: bytes = s3.client().cat_file(uri)
-            return content
-        return local_path(uri).read_bytes()
+        if is_remote(uri):
+            return bytes(objects.get(uri, patience_s=patience_s))
+        return local.read_bytes(uri)
+
+
+def read_ranges(
+    uri: str,
+    ranges: Ranges,
+    *,
+    etag: str | None = None,
+    size: int | None = None,
+    patience_s: float = 600.0,
+) -> list[memoryview]:
+    """Return byte ranges of one object or file, in the order asked for, as views of few buffers.
+
+    From a bucket, ranges at most 1 MB apart come with one request, and requests run in parallel.
+
+    Args:
+        uri: the object or file.
+        ranges: (start, stop) in bytes; they may overlap and come in any order.
+        etag: what `etag(uri)` was when it was indexed; None: not compared.
+        size: how long it was in bytes; None: not compared.
+        patience_s: seconds that transient failures of a bucket are repeated.
+
+    Raises:
+        ChangedError: the ETag or the size differs, or a range lies behind the end.
+        MissingError: nothing is there.
+        DeniedError: it may not be read; LockedOutError: neither may anything else there.
+        OutageError: storage did not answer for `patience_s`.
+    """
+    with explained(uri, "read"):
+        if is_remote(uri):
+            return reading.read_ranges(uri, ranges, etag=etag, size=size, patience_s=patience_s)
+        return local.read_ranges(uri, ranges, etag=etag, size=size)
+
+
+def traffic() -> Traffic:
+    """Return what this process has read from buckets so far; the totals only grow."""
+    return objects.traffic()
 
 
 def open_input(uri: str) -> IO[bytes]:
     """Open one object or file for random reads (no read-ahead: Parquet asks for what it needs)."""
     with explained(uri, "read"):
-        if is_s3(uri):
-            opened: IO[bytes] = s3.client().open(uri, "rb", cache_type="none")
-            return opened
-        return local_path(uri).open("rb")
+        opened: IO[bytes] = (
+            reading.ObjectFile(uri) if is_remote(uri) else local.open_input(uri)  # type: ignore[assignment]
+        )
+        return opened
 
 
 def write_atomic(uri: str, content: bytes) -> None:
     """Write `content` so that a reader sees either the old object or all of the new one."""
     with explained(uri, "write"):
-        if is_s3(uri):
-            s3.client().pipe_file(uri, content)
-            return
-        path = local_path(uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        _fsync_folder(path.parent)
+        _home(uri).write_atomic(uri, content)
 
 
 def upload(source: Path, uri: str) -> None:
-    """Copy a local file to `uri`, in parts where the target is S3 and the file is large."""
+    """Copy a local file to `uri`, in parts where the target is a bucket and the file is large."""
     with explained(uri, "write"):
-        if is_s3(uri):
-            s3.client().put_file(str(source), uri)
-            return
-        path = local_path(uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with source.open("rb") as reader, partial.open("wb") as writer:
-            while block := reader.read(1 << 20):
-                writer.write(block)
-            writer.flush()
-            os.fsync(writer.fileno())
-        os.replace(partial, path)
-        _fsync_folder(path.parent)
+        _home(uri).upload(source, uri)
 
 
 def download(uri: str, target: Path) -> None:
     """Copy one object or file to a local path."""
     with explained(uri, "read"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if is_s3(uri):
-            s3.client().get_file(uri, str(target))
-        else:
-            target.write_bytes(local_path(uri).read_bytes())
-
-
-def _fsync_folder(path: Path) -> None:
-    # A rename is durable only once its folder is.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _home(uri).download(uri, target)
 
 
 def exists(uri: str) -> bool:
@@ -147,15 +147,28 @@ def exists(uri: str) -> bool:
 
 def size(uri: str) -> int | None:
     """Return the size in bytes of one object or file, or None where there is none."""
+    found = _info(uri)
+    return found[0] if found else None
+
+
+def etag(uri: str) -> str | None:
+    """Return what storage calls this version of an object or file, or None where there is none.
+
+    A bucket's ETag without quotes; a local file's time of writing and size.
+    """
+    found = _info(uri)
+    return found[1] if found else None
+
+
+def _info(uri: str) -> tuple[int, str] | None:
     with explained(uri, "read"):
+        if not is_remote(uri):
+            return local.info(uri)
         try:
-            if is_s3(uri):
-                info = s3.client().info(uri)
-                return int(info["size"]) if info["type"] == "file" else None
-            path = local_path(uri)
-            return path.stat().st_size if path.is_file() else None
-        except FileNotFoundError:
+            num_bytes, tag = objects.head(uri)
+        except MissingError:
             return None
+        return num_bytes, objects.bare(tag)
 
 
 def list_folder(uri: str) -> Iterator[Entry]:
@@ -164,82 +177,29 @@ def list_folder(uri: str) -> Iterator[Entry]:
     A missing folder yields nothing; a missing bucket raises.
     """
     with explained(uri, "list"):
-        if is_s3(uri):
-            yield from _list_s3(uri, delimiter="/")
-            return
-        path = local_path(uri)
-        if path.is_dir():
-            with os.scandir(path) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
-            for entry in entries:
-                folder = entry.is_dir()
-                yield Entry(entry.name, folder, 0 if folder else _size_of(entry))
+        yield from _home(uri).list_folder(uri)
 
 
-def list_tree(uri: str) -> Iterator[Entry]:
+def list_tree(uri: str, *, after: str = "") -> Iterator[Entry]:
     """Yield every file below a folder, named relative to it, in an order that does not change.
 
-    Holds one page of a bucket, or one local folder of each depth, at once.
+    Holds one page of a bucket, or one local folder of each depth, at once. Names up to `after` are
+    left out; a bucket does not list them.
     """
-    if is_s3(uri):
-        with explained(uri, "list"):
-            yield from _list_s3(uri, delimiter="")
-        return
-    for entry in list_folder(uri):
-        if not entry.is_folder:
-            yield entry
-            continue
-        for inner in list_tree(join(uri, entry.name)):
-            yield inner._replace(name=f"{entry.name}/{inner.name}")
-
-
-def _size_of(entry: "os.DirEntry[str]") -> int:
-    try:
-        return entry.stat().st_size
-    except FileNotFoundError:  # a link to nothing: whoever reads it says so
-        return 0
-
-
-def _list_s3(uri: str, *, delimiter: str) -> Iterator[Entry]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
-    for page in s3.list_pages(bucket, prefix, delimiter=delimiter):
-        folders = [
-            Entry(p["Prefix"][len(prefix) :].rstrip("/"), True, 0)
-            for p in page.get("CommonPrefixes", ())
-        ]
-        files = [
-            Entry(o["Key"][len(prefix) :], False, o["Size"])
-            for o in page.get("Contents", ())
-            if not o["Key"].endswith("/")  # an empty object that marks a folder
-        ]
-        yield from sorted(folders + files)
+    with explained(uri, "list"):
+        yield from _home(uri).list_tree(uri, after)
 
 
 def delete_file(uri: str) -> None:
     """Delete one object or file; nothing there is fine."""
     with explained(uri, "delete"):
-        if is_s3(uri):
-            s3.client().rm_file(uri)
-        else:
-            local_path(uri).unlink(missing_ok=True)
+        _home(uri).delete_file(uri)
 
 
 def delete_folder(uri: str) -> None:
     """Delete everything below `uri`; nothing there is fine."""
     with explained(uri, "delete"):
-        if is_s3(uri):
-            if s3.client().exists(uri):
-                s3.client().rm(uri, recursive=True)
-            return
-        path = local_path(uri)
-        for root, folders, files in os.walk(path, topdown=False):
-            for name in files:
-                os.unlink(os.path.join(root, name))
-            for name in folders:
-                os.rmdir(os.path.join(root, name))
-        if path.is_dir():
-            path.rmdir()
+        _home(uri).delete_folder(uri)
 
 
 def check_writable(uri: str) -> None:
@@ -255,11 +215,22 @@ def check_writable(uri: str) -> None:
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return pyarrow's filesystem and path for `uri`: what Ray Train wants for its own records."""
-    if not is_s3(uri):
+    if not is_remote(uri):
         return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
-    scheme, _, host = (s3.endpoint() or "").rstrip("/").rpartition("://")
+    path = uri.partition("://")[2]
+    if uri.startswith("gs://"):
+        return pyarrow.fs.GcsFileSystem(), path
+    if uri.startswith("az://"):
+        return pyarrow.fs.AzureFileSystem(os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")), path
+    scheme, _, host = (identity.endpoint() or "").rstrip("/").rpartition("://")
     options = {"endpoint_override": host, "scheme": scheme or "https"} if host else {}
-    return pyarrow.fs.S3FileSystem(**options), uri.removeprefix("s3://")
+    return pyarrow.fs.S3FileSystem(**options), path
+
+
+def _home(uri: str) -> ModuleType:
+    if is_s3(uri):
+        return s3
+    return buckets if is_remote(uri) else local
 
 
 class explained:
@@ -275,18 +246,6 @@ class explained:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, (StorageError, GeneratorExit)):
             return
-        reason = _reason(error, self.uri)
-        if reason is not None:
-            raise StorageError(f"cannot {self.verb} {self.uri}: {reason}") from error
-
-
-def _reason(error: BaseException, uri: str) -> str | None:
-    if is_s3(uri):
-        return s3.explain(error)
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file or folder; check the path."
-    if isinstance(error, PermissionError):
-        return "permission denied; run as a user with the right, or choose another path."
-    if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
-        return "a file lies where a folder is needed (or the reverse); choose another path."
-    return None
+        meant: StorageError | None = _home(self.uri).explain(error, uri=self.uri, verb=self.verb)
+        if meant is not None:
+            raise meant from error

@@ -101,11 +101,21 @@ def _result_rows(files: RunFiles) -> Iterator[tuple[str, str]]:
         ("Training", _rate(result.get("images_per_s"))),
         ("Evaluation", _rate(evaluation.get("images_per_s"))),
         ("Waiting for data", _percent(result.get("data_wait_share"))),
+        ("Read from buckets", _traffic(result.get("storage") or {})),
         ("Restarts", _number(result.get("restarts"))),
         ("Quarantined images", _number(files.num_quarantined)),
         ("Wall time", _duration(result.get("wall_s"))),
     ]
     return ((name, str(value)) for name, value in rows if value is not None)
+
+
+def _traffic(storage: Mapping[str, Any]) -> str | None:
+    if not storage.get("requests"):
+        return None
+    return (
+        f"{storage['bytes'] / 1e9:,.2f} GB in {storage['requests']:,} requests, "
+        f"{storage['retries']:,} of them repeated; {storage['waited_s']:,.1f} s of pauses"
+    )
 
 
 def _metric_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:

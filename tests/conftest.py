@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from faults import FaultProxy, serve_faults
 from PIL import Image
 from s3 import S3Server, environment, serve
 
@@ -49,6 +50,16 @@ def s3() -> Iterator[S3Server]:
     """
     with serve() as server, environment(server.env):
         yield server
+
+
+@pytest.fixture
+def faulty_s3(s3: S3Server) -> Iterator[FaultProxy]:
+    """Put a fault proxy before the S3 server; this process's `AWS_*` variables name the proxy.
+
+    For a Ray cluster: start it inside `serve_faults(s3)` and `environment(proxy.env)`.
+    """
+    with serve_faults(s3) as proxy, environment(proxy.env):
+        yield proxy
 
 
 @pytest.fixture(scope="module")

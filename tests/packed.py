@@ -56,7 +56,15 @@ def _write_shard(
 ) -> Shard:
     path = root / split / f"{start:05d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), path, row_group_size=chunk_rows)
+    # As `pack` writes them.
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=SHARD_SCHEMA),
+        path,
+        row_group_size=chunk_rows,
+        compression="NONE",
+        use_dictionary=False,
+        write_statistics=False,
+    )
     sizes = [min(chunk_rows, len(rows) - at) for at in range(0, len(rows), chunk_rows)]
     return Shard(
         split=split,

@@ -16,19 +16,33 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import s3, storage
+from orchestrator import storage
+from orchestrator.stores import s3
 
 ACCESS_KEY = "orchestrator-tests"
 SECRET_KEY = "only-on-loopback"
+# Further keys of the same identity, for tests of credentials that are renewed.
+SPARE_KEYS = [(f"SPARE{i}-orchestrator", f"secret-of-spare-{i}") for i in range(4)]
+# A request to Host `<bucket>.s3.test` names its bucket so; no name server knows it.
+DOMAIN = "s3.test"
+# The one bucket that requests without a signature may use.
+PUBLIC_BUCKET = "public"
 _START_TIMEOUT_S = 60
 _SERVICES = ("master", "volume", "filer", "s3")
 _IDENTITY = {
     "identities": [
         {
             "name": "tests",
-            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+            "credentials": [
+                {"accessKey": key, "secretKey": secret}
+                for key, secret in [(ACCESS_KEY, SECRET_KEY), *SPARE_KEYS]
+            ],
             "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-        }
+        },
+        {
+            "name": "anonymous",
+            "actions": [f"{right}:{PUBLIC_BUCKET}" for right in ("Read", "List", "Write")],
+        },
     ]
 }
 
@@ -101,6 +115,7 @@ def _command(folder: Path, ports: list[int]) -> list[str]:
         "filer": "true",
         "s3": "true",
         "s3.config": identity,
+        "s3.domainName": DOMAIN,
         "s3.autoCreateBucket": "false",
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,

@@ -44,8 +44,8 @@ def test_absolute_names_one_place_for_every_process(tmp_path, monkeypatch):
 
 
 def test_another_scheme_is_refused():
-    with pytest.raises(StorageError, match="the scheme 'gs' is not supported; use s3://"):
-        storage.read_bytes("gs://bucket/x")
+    with pytest.raises(StorageError, match="the scheme 'hdfs' is not supported; use s3://, gs://"):
+        storage.read_bytes("hdfs://bucket/x")
 
 
 def test_what_is_written_is_read(root):

@@ -31,23 +31,31 @@ class SlowRead:
 
 @dataclasses.dataclass
 class Costs:
-    """What reading took so far, in seconds, as the blocks of this worker say."""
+    """What reading took so far, as the blocks of this worker say: rank 0's hold the whole run's."""
 
     read_s: float = 0.0
-    """Decoding waited for chunks, all read tasks together."""
+    """Seconds in which decoding waited for chunks, all read tasks together."""
     decode_s: float = 0.0
-    slowest: SlowRead = SlowRead("", 0.0)
+    requests: int = 0
+    """Sent to buckets, repeated ones included."""
+    retries: int = 0
+    bytes: int = 0
+    waited_s: float = 0.0
+    """Pauses before requests, added up over threads."""
+
+    def __post_init__(self) -> None:
+        self._slowest = SlowRead("", 0.0)
 
     def add(self, cost: dict[str, Any]) -> None:
         """Add what one round cost."""
-        self.read_s += cost["read_s"]
-        self.decode_s += cost["decode_s"]
-        if cost["slow_s"] > self.slowest.seconds:
-            self.slowest = SlowRead(cost["slow_uri"], cost["slow_s"])
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + cost[field.name])
+        if cost["slow_s"] > self._slowest.seconds:
+            self._slowest = SlowRead(cost["slow_uri"], cost["slow_s"])
 
     def take_slow(self, at_least_s: float) -> SlowRead | None:
         """Return the slowest read since it was last asked for, if it took as long as this."""
-        slowest, self.slowest = self.slowest, SlowRead("", 0.0)
+        slowest, self._slowest = self._slowest, SlowRead("", 0.0)
         return slowest if slowest.seconds >= at_least_s else None
 
 

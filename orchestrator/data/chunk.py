@@ -1,19 +1,52 @@
-"""One chunk of a shard -> the columns of its samples. Pure but for storage."""
+"""One chunk of a shard -> the columns of its samples. Pure but for storage.
 
+Two requests at most: one for the end of the shard, where its footer lies (footers are kept), and
+one for the columns of the row group. pyarrow then decodes from those bytes without asking again.
+"""
+
+import bisect
 import dataclasses
 import functools
+import io
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator import storage
 from orchestrator.config import UserError
-from orchestrator.data.index import ChunkRef
+from orchestrator.data.places import ChunkRef
 
 # Footers of shards, kept by each read process: a window's chunks come from many shards.
 _CACHED_FOOTERS = 256
+# The footer of a shard of 64 row groups is 40 kB; a longer one costs a second request.
+_TAIL_BYTES = 64 << 10
+_TRAILER_BYTES = 8  # its length and the magic word
+
+
+_LOST = {
+    storage.MissingError: "missing",
+    storage.DeniedError: "denied",
+    storage.ChangedError: "changed",
+}
+
+
+class LostChunk(Exception):
+    """A chunk that storage no longer has as it was indexed; none of its samples can be read.
+
+    Attributes:
+        reason: missing, denied, changed or damaged.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,26 +67,93 @@ def read_chunk(ref: ChunkRef, columns: Mapping[str, str]) -> ChunkColumns:
         columns: what we call a column -> its name in the shard; `image.bytes` is a struct's field.
 
     Raises:
-        UserError: the shard is not the one that was indexed.
+        LostChunk: it is gone, may not be read, or is not what was indexed.
+        StorageError: storage does not answer, or refuses everything.
+        UserError: the shard has no such column.
     """
     try:
-        with storage.open_input(ref.uri) as file:
-            shard = pq.ParquetFile(file, metadata=_footer(ref.uri, os.getpid()), pre_buffer=True)
-            names = list(columns.values())
-            table = shard.read_row_group(ref.group, columns=names, use_threads=False)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, IndexError) as error:
-        raise UserError(
-            f"{ref.uri} row group {ref.group} cannot be read ({_first_line(error)}), so the shard "
-            "is not the one that was indexed; restore it or pack again."
-        ) from error
+        table = _read_table(ref, list(columns.values()))
+    except storage.LockedOutError:
+        raise
+    except tuple(_LOST) as error:
+        raise LostChunk(_LOST[type(error)], _first_line(error)) from error
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, IndexError, ValueError) as error:
+        place = f"{ref.uri} row group {ref.group}"
+        raise LostChunk("damaged", f"{place}: {_first_line(error)}") from error
     if table.num_rows != ref.rows:
-        raise UserError(
-            f"{ref.uri} row group {ref.group} has {table.num_rows} rows but the index says "
-            f"{ref.rows}, so the index's digest no longer matches its shards; restore the shard or "
-            "pack again."
+        raise LostChunk(
+            "changed",
+            f"{ref.uri} row group {ref.group} has {table.num_rows} rows, the index says {ref.rows}",
         )
     found = {ours: _column(table, name, ref.uri) for ours, name in columns.items()}
     return ChunkColumns(f"{ref.uri}#{ref.group}", found)
+
+
+def _read_table(ref: ChunkRef, names: list[str]) -> pa.Table:
+    footer = _footer(ref.uri, ref.bytes, ref.etag, os.getpid())
+    group = footer.row_group(ref.group)
+    ranges = []
+    for number in range(group.num_columns):
+        column = group.column(number)
+        path = f"{column.path_in_schema}."
+        if any(path.startswith(f"{name}.") for name in names):
+            start = column.dictionary_page_offset or column.data_page_offset
+            ranges.append((start, start + column.total_compressed_size))
+    parts = storage.read_ranges(ref.uri, ranges, etag=ref.etag or None, size=ref.bytes)
+    file = pq.ParquetFile(_Parts(ranges, parts, ref.bytes), metadata=footer, pre_buffer=False)
+    return file.read_row_group(ref.group, columns=names, use_threads=False)
+
+
+@functools.lru_cache(maxsize=_CACHED_FOOTERS)
+def _footer(uri: str, num_bytes: int, etag: str, pid: int) -> pq.FileMetaData:
+    start = max(0, num_bytes - _TAIL_BYTES)
+    (tail,) = storage.read_ranges(uri, [(start, num_bytes)], etag=etag or None, size=num_bytes)
+    length = int.from_bytes(tail[-_TRAILER_BYTES:-4], "little") + _TRAILER_BYTES
+    if len(tail) < length <= num_bytes:
+        first = num_bytes - length
+        (tail,) = storage.read_ranges(uri, [(first, num_bytes)], etag=etag or None, size=num_bytes)
+    return pq.read_metadata(pa.BufferReader(tail))
+
+
+class _Parts(io.RawIOBase):
+    """A file of which only some ranges are there."""
+
+    def __init__(self, ranges: list[tuple[int, int]], parts: list[Any], size: int) -> None:
+        super().__init__()
+        pairs = sorted(zip(ranges, parts, strict=True), key=lambda pair: pair[0])
+        self._starts = [first for (first, _), _ in pairs]
+        self._parts = [pa.py_buffer(part) for _, part in pairs]
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def read_buffer(self, size: int) -> pa.Buffer:
+        """Return the next bytes without a copy: what pyarrow asks for where a file has it."""
+        number = bisect.bisect_right(self._starts, self._at) - 1
+        offset = self._at - self._starts[number]
+        found = self._parts[number].slice(offset, size)
+        self._at += len(found)
+        return found
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        wanted = self._size if size is None or size < 0 else size
+        content: bytes = self.read_buffer(wanted).to_pybytes()
+        return content
 
 
 def _column(table: pa.Table, name: str, uri: str) -> pa.Array:
@@ -64,12 +164,6 @@ def _column(table: pa.Table, name: str, uri: str) -> pa.Array:
     for field in fields:
         column = column.field(field)
     return column
-
-
-@functools.lru_cache(maxsize=_CACHED_FOOTERS)
-def _footer(uri: str, pid: int) -> pq.FileMetaData:
-    with storage.open_input(uri) as file:
-        return pq.read_metadata(file)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,16 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from orchestrator import storage
 from orchestrator.config import UserError
 from orchestrator.data import balance, plan
-from orchestrator.data.chunk import ChunkColumns, read_chunk
-from orchestrator.data.index import ChunkRef
+from orchestrator.data.chunk import ChunkColumns, LostChunk, read_chunk
+from orchestrator.data.places import ChunkRef
 from orchestrator.data.stream import Ints, Window
 
 # Chunks that one task fetches at once. They wait for storage, not for a CPU.
 _THREADS = 8
 # Windows whose chunks a task holds or fetches: the one that is decoded and the next.
-_WINDOWS_HELD = 2
+WINDOWS_HELD = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +45,8 @@ class Sample:
     image: bytes
     checksum: int | None
     uri: str
+    lost: str = ""
+    """Why it cannot be read, where its whole chunk cannot."""
 
 
 @dataclasses.dataclass
@@ -56,16 +59,37 @@ class Cost:
     slow_s: float = 0.0
     """The slowest read of one chunk."""
     slow_uri: str = ""
+    requests: int = 0
+    """Of this process to buckets, repeated ones included."""
+    retries: int = 0
+    bytes: int = 0
+    waited_s: float = 0.0
+    """Pauses before requests, added up over threads."""
 
     def note_read(self, seconds: float, uri: str) -> None:
         """Keep the slowest read."""
         if seconds > self.slow_s:
             self.slow_s, self.slow_uri = seconds, uri
 
-    def reset(self) -> None:
-        """Start counting anew."""
-        self.read_s = self.decode_s = self.slow_s = 0.0
-        self.slow_uri = ""
+    def note_traffic(self, before: storage.Traffic) -> storage.Traffic:
+        """Add what this process has read from buckets since; return its totals so far."""
+        now = storage.traffic()
+        self.requests += now.requests - before.requests
+        self.retries += now.retries - before.retries
+        self.bytes += now.bytes - before.bytes
+        self.waited_s += now.waited_s - before.waited_s
+        return now
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """A chunk that cannot be read: its samples are bad, each with its place as its id."""
+
+    uri: str
+    reason: str
+
+
+Chunk = ChunkColumns | Lost
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,14 +103,23 @@ class Layout:
     class_weights: tuple[float, ...] | None = None
     """Of a sample of each class, for weighted sampling; see `balance.picks`."""
 
-    def read(self, ref: ChunkRef) -> tuple[ChunkColumns, float]:
+    def read(self, ref: ChunkRef) -> tuple["Chunk", float]:
         """Read a chunk and check its labels; return it and how many seconds that took.
 
         Raises:
-            UserError: it is not what was indexed, or has a label outside the classes.
+            StorageError: storage does not answer, or refuses everything.
+            UserError: a label lies outside the classes.
         """
         began = time.perf_counter()
-        chunk = read_chunk(ref, self.columns)
+        try:
+            chunk = read_chunk(ref, self.columns)
+        except LostChunk as error:
+            if self.class_weights is not None:
+                raise UserError(
+                    f"{ref.uri} row group {ref.group} cannot be read ({error}), but "
+                    "data.class_weights needs the labels in it; restore the shard or pack again."
+                ) from error
+            return Lost(f"{ref.uri}#{ref.group}", str(error)), time.perf_counter() - began
         if self.label_kind == "class":
             chunk.columns["label"] = self._classes_of(chunk)
         return chunk, time.perf_counter() - began
@@ -105,17 +138,17 @@ class Layout:
         return labels
 
 
-def samples(work: Work, layout: Layout, cost: Cost) -> Iterator[Sample]:
+def samples(work: Work, layout: Layout, cost: Callable[[], Cost]) -> Iterator[Sample]:
     """Yield the samples at a task's positions, holding two windows' chunks at most.
 
-    What it waited for is added to `cost`.
+    What it waited for is added to the `cost` of the moment.
     """
     coming = collections.deque[tuple[Window, list[_Coming]]]()
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
             for window, refs in zip(work.task.windows, work.chunks, strict=True):
                 coming.append((window, _start(work.task, window, refs, layout, pool)))
-                if len(coming) == _WINDOWS_HELD:
+                if len(coming) == WINDOWS_HELD:
                     yield from _window_samples(work.task, *coming.popleft(), layout, cost)
             while coming:
                 yield from _window_samples(work.task, *coming.popleft(), layout, cost)
@@ -123,7 +156,7 @@ def samples(work: Work, layout: Layout, cost: Cost) -> Iterator[Sample]:
             pool.shutdown(wait=False, cancel_futures=True)  # of a task that is given up
 
 
-_Coming = Future[tuple[ChunkColumns, float]] | None
+_Coming = Future[tuple[Chunk, float]] | None
 
 
 def _start(
@@ -146,7 +179,7 @@ def _start(
 
 
 def _window_samples(
-    task: plan.Task, window: Window, coming: list[_Coming], layout: Layout, cost: Cost
+    task: plan.Task, window: Window, coming: list[_Coming], layout: Layout, cost: Callable[[], Cost]
 ) -> Iterator[Sample]:
     chunks = [_wait(future, cost) for future in coming]
     position, stop = max(task.start, window.start), min(task.stop, window.stop)
@@ -159,31 +192,33 @@ def _window_samples(
         position += 1
 
 
-def _order(window: Window, chunks: list[ChunkColumns | None], layout: Layout) -> Ints:
+def _order(window: Window, chunks: list[Chunk | None], layout: Layout) -> Ints:
     if layout.class_weights is None:
         return window.order()
     labels = [
         chunk.columns["label"].slice(first, rows).to_numpy()
         for chunk, first, rows in zip(chunks, window.first_row, window.rows, strict=True)
-        if chunk is not None
+        if isinstance(chunk, ChunkColumns)
     ]
     key = window.start if window.key is None else window.key
     return balance.picks(np.concatenate(labels), np.array(layout.class_weights), key)
 
 
-def _wait(future: _Coming, cost: Cost) -> ChunkColumns | None:
+def _wait(future: _Coming, cost: Callable[[], Cost]) -> Chunk | None:
     if future is None:
         return None
     began = time.perf_counter()
     chunk, seconds = future.result()
-    cost.read_s += time.perf_counter() - began
-    cost.note_read(seconds, chunk.uri)
+    cost().read_s += time.perf_counter() - began
+    cost().note_read(seconds, chunk.uri)
     return chunk
 
 
-def _sample(chunk: ChunkColumns, row: int, *, position: int, epoch: int) -> Sample:
-    values = {name: column[row].as_py() for name, column in chunk.columns.items()}
+def _sample(chunk: Chunk, row: int, *, position: int, epoch: int) -> Sample:
     uri = f"{chunk.uri}#{row}"
+    if isinstance(chunk, Lost):
+        return Sample(position, epoch, uri, None, b"", None, uri, lost=chunk.reason)
+    values = {name: column[row].as_py() for name, column in chunk.columns.items()}
     return Sample(
         position=position,
         epoch=epoch,

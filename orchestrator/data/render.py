@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from orchestrator import storage
 from orchestrator.config import DataConfig
 from orchestrator.data import fetch, plan
 from orchestrator.data.crop import Crop, center_crop, random_crop
@@ -38,7 +39,8 @@ _BAD = pa.struct(
     + [("position", pa.int64()), ("epoch", pa.int64())]
 )
 _COST = pa.struct(
-    [(name, pa.float64()) for name in ("read_s", "decode_s", "slow_s")]
+    [(name, pa.float64()) for name in ("read_s", "decode_s", "slow_s", "waited_s")]
+    + [(name, pa.int64()) for name in ("requests", "retries", "bytes")]
     + [("slow_uri", pa.string())]
 )
 # Of a bad image, shown where it is listed: enough to see what it is instead.
@@ -92,6 +94,9 @@ class Render:
         Raises:
             BadImage: it cannot be decoded, or is not what was packed.
         """
+        if sample.lost:
+            reason, _, detail = sample.lost.partition(": ")
+            raise BadImage(reason, detail)
         checksum = sample.checksum
         if checksum is not None and xxhash.xxh3_64_intdigest(sample.image) != checksum:
             raise BadImage("checksum", "the bytes differ from those that were packed")
@@ -112,15 +117,16 @@ class Reader:
 
     def blocks(self, work: Work) -> Iterator[pa.Table]:
         """Yield the work's rounds, a block for each worker in rank order, as one-row tables."""
-        cost = Cost()
-        samples = fetch.samples(work, self.layout, cost)
+        cost, before = Cost(), storage.traffic()
+        samples = fetch.samples(work, self.layout, lambda: cost)
         schema = block_schema(self.layout.label_kind)
         for round_pieces in plan.rounds(work.task, self.batching):
             blocks = [_Block(worker, mine, self.render) for worker, mine in enumerate(round_pieces)]
             self._fill(blocks, samples, cost)
+            before = cost.note_traffic(before)
             for block in blocks:
                 yield block.table(schema, cost if block.worker == 0 else Cost())
-            cost.reset()
+            cost = Cost()
 
     def _fill(self, blocks: list["_Block"], samples: Iterator[Sample], cost: Cost) -> None:
         pieces = [(piece, block) for block in blocks for piece in block.pieces]

@@ -32,6 +32,8 @@ from orchestrator.data.render import Reader
 # once produce: enough to ride out a slow task, small enough never to spill.
 _BUFFERED_TASKS = 2
 _MIN_BUFFER_BYTES = 64 << 20
+# What else lies there: blocks that workers hold and fetch, and other runs.
+_SHARE_OF_STORE = 0.4
 # Read tasks of one Ray Data execution, for each slot and in all. A task costs about 1 ms when the
 # execution starts, and the first batch waits for all of them; starting one costs 1 to 2 s of CPU,
 # against 40 s of reading with 16 tasks a slot.
@@ -178,7 +180,9 @@ def blocks_of(iterator: DataIterator) -> Generator[pa.Table, None, None]:
 def _tune(context: DataContext, feed: Feed, placement: Placement, works: list[Work]) -> None:
     side = feed.reader.render.data.image_size
     task_bytes = max(work.task.stop - work.task.start for work in works) * side * side * 3
-    buffer = max(_MIN_BUFFER_BYTES, _BUFFERED_TASKS * placement.slots * task_bytes)
+    store = ray.cluster_resources().get("object_store_memory", 0)
+    buffer = min(_SHARE_OF_STORE * store, _BUFFERED_TASKS * placement.slots * task_bytes)
+    buffer = max(_MIN_BUFFER_BYTES, buffer)
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=buffer)

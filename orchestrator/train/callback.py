@@ -1,5 +1,6 @@
 """Worker side: the Lightning callback that counts, commits and reports."""
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -11,17 +12,15 @@ import pytorch_lightning as pl
 import ray.train
 import torch
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
-from orchestrator import storage
 from orchestrator.config import UserError
 from orchestrator.data.loader import Loader
 from orchestrator.overrides import config_digest
 from orchestrator.progress import Progress
 from orchestrator.run import append_event
 from orchestrator.train import checkpoint, state
-from orchestrator.train.journal import Consumed, Metrics, Quarantine, RunFacts
+from orchestrator.train.journal import Consumed, Metrics, Quarantine, RunFacts, upload_logs
 from orchestrator.train.pace import Pace, Schedule
 from orchestrator.train.place import Place
 from orchestrator.train.strategy import sync_buffers
@@ -155,6 +154,12 @@ class Recorder(pl.Callback):
             torch.distributed.all_gather_object(gathered, mine)
         return gathered
 
+    @property
+    def _reading(self) -> dict[str, float]:
+        before = self._resumed[0].stats if self._resumed else {}
+        now = dataclasses.asdict(self._loader.costs)
+        return {name: before.get(name, 0) + value for name, value in now.items()}
+
     def _note_bad(self, gathered: list[list[dict[str, Any]]]) -> None:
         if ray.train.get_context().get_world_rank() == 0:
             for row in self._quarantine.add([row for bad in gathered for row in bad]):
@@ -257,23 +262,14 @@ class Recorder(pl.Callback):
             precision=facts.precision,
             config_digest=config_digest(facts.config),
             index_digest=facts.index_digest,
-            stats={**self._pace.totals, "bad": len(self._quarantine)},
+            stats={**self._pace.totals, **self._reading, "bad": len(self._quarantine)},
             files=tuple(record for records, _ in gathered for record in records),
         )
-        self._upload_logs(trainer)
+        upload_logs(facts.run, trainer.logger)
         checkpoint.commit(facts.run, manifest)
         monitor, mode = checkpoint.monitored(facts.config.train.early_stopping)
         best = checkpoint.best_of(checkpoint.list_manifests(facts.run), monitor=monitor, mode=mode)
         checkpoint.prune(facts.run, keep=facts.config.train.checkpoint.keep, best=best)
-
-    def _upload_logs(self, trainer: pl.Trainer) -> None:
-        """Copy TensorBoard's files to the run folder where that is no local path."""
-        logger = trainer.logger
-        if isinstance(logger, TensorBoardLogger) and storage.is_s3(self._facts.run):
-            logger.experiment.flush()
-            # Not trainer.log_dir: that is a collective, and only rank 0 is here.
-            target = storage.join(self._facts.run, "tensorboard")
-            checkpoint.store_files(Path(logger.log_dir), target)
 
     def _post(self, trainer: pl.Trainer, phase: str, *, now: bool = False) -> None:
         moment = time.perf_counter()

@@ -3,15 +3,18 @@
 import dataclasses
 import io
 import time
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from orchestrator import storage
 from orchestrator.config import Config
 from orchestrator.data.batch import MicroBatch
 from orchestrator.run import METRICS_FILE, QUARANTINE_FILE
+from orchestrator.train.checkpoint import store_files
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -126,3 +129,11 @@ class Quarantine:
         if new:
             _write(self._uri, list(self._rows.values()), _QUARANTINE_SCHEMA)
         return new
+
+
+def upload_logs(run: str, logger: Logger | None) -> None:
+    """Copy TensorBoard's files to the run folder where that is no local path."""
+    if isinstance(logger, TensorBoardLogger) and storage.is_remote(run):
+        logger.experiment.flush()
+        # Not trainer.log_dir: that is a collective, and only rank 0 is here.
+        store_files(Path(logger.log_dir), storage.join(run, "tensorboard"))

@@ -17,6 +17,8 @@ from ray.train.torch import TorchTrainer
 
 from orchestrator import cluster, progress, storage
 from orchestrator.config import Config, DataConfig, UserError
+from orchestrator.data.source import Placement
+from orchestrator.data.sources import read_data
 from orchestrator.run import (
     append_event,
     check_same_run,
@@ -27,12 +29,15 @@ from orchestrator.run import (
     write_result,
 )
 from orchestrator.train import checkpoint, preflight
+from orchestrator.train.capacity import Memory, check_memory
 from orchestrator.train.mistakes import StopAtMistakes
 from orchestrator.train.precision import Choice
 from orchestrator.train.strategy import choose_strategy
 from orchestrator.train.worker import Job, train_worker
 
 ERROR_FILE = "error.txt"
+# What reading the images asked of buckets, of the counts that a manifest carries.
+_STORAGE = ("requests", "retries", "bytes", "waited_s")
 
 
 class TrainingFailed(RuntimeError):
@@ -104,6 +109,7 @@ def fit(
     cluster.connect(verbose=verbose)
     resources = preflight.cluster_resources()
     preflight.check_resources(config, resources, may_grow=cluster.may_grow())
+    _check_memory(config, share=share)
     open_run(config)
     workers = config.scaling.num_workers
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
@@ -123,6 +129,20 @@ def fit(
         )
         _run_trainer(job, verbose=verbose, callbacks=callbacks)
     return RunResult(run, _write_result(run, config, wall_s=time.monotonic() - began))
+
+
+def _check_memory(config: Config, *, share: int) -> None:
+    if cluster.may_grow():
+        return  # what it will have is not known yet
+    found, scaling = ray.cluster_resources(), config.scaling
+    placement = Placement.choose(
+        requested=config.data.decode_slots,
+        cluster_cpus=found.get("CPU", 0),
+        worker_cpus=scaling.num_workers * scaling.cpus_per_worker * share,
+        share=share,
+    )
+    memory = Memory(int(found.get("memory", 0)), int(found.get("object_store_memory", 0)))
+    check_memory(config, read_data(config.data), memory, slots=placement.slots)
 
 
 def _absolute(data: DataConfig) -> DataConfig:
@@ -217,6 +237,7 @@ def _write_result(run: str, config: Config, *, wall_s: float) -> dict[str, Any]:
         "data_wait_share": last.stats["wait_s"] / train_s,
         "restarts": max(0, len(starts) - 1),
         "quarantined": int(last.stats["bad"]),
+        "storage": {name: last.stats.get(name, 0) for name in _STORAGE},
         "wall_s": wall_s,
         "workers": last.world_size,
         "decisions": {

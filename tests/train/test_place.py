@@ -6,7 +6,9 @@ from orchestrator.data.plan import Batching
 from orchestrator.train.place import Place
 
 
-@pytest.mark.parametrize(("samples", "step_samples", "epochs"), [(75, 13, 3), (10, 10, 2), (9, 4, 5)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("samples", "step_samples", "epochs"), [(75, 13, 3), (10, 10, 2), (9, 4, 5)]
+)
 def test_every_step_is_in_one_epoch_and_each_epoch_ends_once(
     samples: int, step_samples: int, epochs: int
 ) -> None:

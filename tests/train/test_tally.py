@@ -47,7 +47,9 @@ def test_too_many_bad_images_are_said_with_their_reasons() -> None:
     assert "data.max_bad_fraction=0.01" in problem
 
 
-@pytest.mark.parametrize(("limit", "bad", "stops"), [(0.01, 100, False), (0.01, 101, True), (1, 9_000, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("limit", "bad", "stops"), [(0.01, 100, False), (0.01, 101, True), (1, 9_000, False)]
+)
 def test_the_budget_is_inclusive(limit: float, bad: int, stops: bool) -> None:
     tally = Tally(max_bad_fraction=limit)
     tally.add_images(images(10_000 - bad, *["damaged"] * bad))

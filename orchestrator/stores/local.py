@@ -1,0 +1,204 @@
+"""Local folders: atomic writes, listings by name, ranges without a copy in Python."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+from urllib.parse import urlsplit
+
+from orchestrator.stores.faults import ChangedError, MissingError, StorageError
+
+
+class Entry(NamedTuple):
+    """One object or folder of a listing."""
+
+    name: str
+    is_folder: bool
+    size: int
+
+
+def local_path(uri: str) -> Path:
+    """Return the local path that a plain path or `file://` URI names.
+
+    Raises:
+        StorageError: it has another scheme.
+    """
+    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    if scheme not in ("", "file"):
+        raise StorageError(
+            f"{uri}: the scheme {scheme!r} is not supported; use s3://, gs://, az://, file:// or a "
+            "plain path."
+        )
+    return Path(uri.removeprefix("file://")).expanduser()
+
+
+def read_bytes(uri: str) -> bytes:
+    """Return a file's content."""
+    return local_path(uri).read_bytes()
+
+
+def read_ranges(
+    uri: str, ranges: Sequence[tuple[int, int]], *, etag: str | None, size: int | None
+) -> list[memoryview]:
+    """Return byte ranges of a file; see `storage.read_ranges`.
+
+    pread and not a mapping: a file cut short under a mapping kills the process with SIGBUS.
+    """
+    descriptor = os.open(local_path(uri), os.O_RDONLY)
+    try:
+        found = os.fstat(descriptor)
+        if etag is not None and _etag(found) != etag:
+            raise ChangedError(f"{uri} was written again since it was indexed; pack again.")
+        if size is not None and found.st_size != size:
+            raise ChangedError(
+                f"{uri} has {found.st_size} bytes but the index says {size}; restore it or pack "
+                "again."
+            )
+        return [_pread(uri, descriptor, start, stop) for start, stop in ranges]
+    finally:
+        os.close(descriptor)
+
+
+def _pread(uri: str, descriptor: int, start: int, stop: int) -> memoryview:
+    content = os.pread(descriptor, stop - start, start)
+    while len(content) < stop - start:  # Linux reads at most 2 GiB at once
+        more = os.pread(descriptor, stop - start - len(content), start + len(content))
+        if not more:
+            raise ChangedError(
+                f"{uri} ends at byte {start + len(content)} but bytes up to {stop} are indexed; "
+                "restore it or pack again."
+            )
+        content += more
+    return memoryview(content)
+
+
+def open_input(uri: str) -> IO[bytes]:
+    """Open a file for reading."""
+    return local_path(uri).open("rb")
+
+
+def write_atomic(uri: str, content: bytes) -> None:
+    """Write `content` so that a reader sees either the old file or all of the new one."""
+    path = local_path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+    ) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    _fsync_folder(path.parent)
+
+
+def upload(source: Path, uri: str) -> None:
+    """Copy a file to `uri`, atomically."""
+    path = local_path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with source.open("rb") as reader, partial.open("wb") as writer:
+        while block := reader.read(1 << 20):
+            writer.write(block)
+        writer.flush()
+        os.fsync(writer.fileno())
+    os.replace(partial, path)
+    _fsync_folder(path.parent)
+
+
+def download(uri: str, target: Path) -> None:
+    """Copy a file to a local path."""
+    target.write_bytes(local_path(uri).read_bytes())
+
+
+def _fsync_folder(path: Path) -> None:
+    # A rename is durable only once its folder is.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def info(uri: str) -> tuple[int, str] | None:
+    """Return a file's (size, ETag), or None where there is none."""
+    path = local_path(uri)
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return (found.st_size, _etag(found)) if path.is_file() else None
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def list_folder(uri: str) -> Iterator[Entry]:
+    """Yield what lies directly in a folder, by name."""
+    path = local_path(uri)
+    if path.is_dir():
+        with os.scandir(path) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+        for entry in entries:
+            folder = entry.is_dir()
+            yield Entry(entry.name, folder, 0 if folder else _size_of(entry))
+
+
+def list_tree(uri: str, after: str = "") -> Iterator[Entry]:
+    """Yield every file below a folder whose name, relative to it, is greater than `after`."""
+    return (entry for entry in _tree(uri) if entry.name > after)
+
+
+def _tree(uri: str) -> Iterator[Entry]:
+    for entry in list_folder(uri):
+        if not entry.is_folder:
+            yield entry
+            continue
+        for inner in _tree(f"{uri.rstrip('/')}/{entry.name}"):
+            yield inner._replace(name=f"{entry.name}/{inner.name}")
+
+
+def _size_of(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # a link to nothing: whoever reads it says so
+        return 0
+
+
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing there is fine."""
+    local_path(uri).unlink(missing_ok=True)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete everything below a folder; nothing there is fine."""
+    path = local_path(uri)
+    for root, folders, files in os.walk(path, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(root, name))
+        for name in folders:
+            os.rmdir(os.path.join(root, name))
+    if path.is_dir():
+        path.rmdir()
+
+
+def explain(error: BaseException, *, uri: str, verb: str) -> StorageError | None:
+    """Return an error of the system as one sentence, or None where it is none of storage's."""
+    start = f"cannot {verb} {uri}: "
+    if isinstance(error, FileNotFoundError):
+        return MissingError(f"{start}there is no such file or folder; check the path.")
+    if isinstance(error, PermissionError):
+        return StorageError(
+            f"{start}permission denied; run as a user with the right, or choose another path."
+        )
+    if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
+        return StorageError(
+            f"{start}a file lies where a folder is needed (or the reverse); choose another path."
+        )
+    return None
