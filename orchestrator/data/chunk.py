@@ -12,8 +12,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from orchestrator import storage
 from orchestrator.config import UserError
@@ -56,7 +59,20 @@ class ChunkColumns:
     uri: str
     """Of the shard, with `#` and the number of its row group."""
     columns: dict[str, pa.Array]
-    """image, and where the shards have them id, label, checksum."""
+    """Of id, label and checksum those that the shards have."""
+    images: list[memoryview]
+    """Encoded images, views of the chunk's bytes; empty where there is none."""
+
+    def changed_rows(self) -> frozenset[int]:
+        """Return the rows whose image does not have the checksum that was packed with it."""
+        if "checksum" not in self.columns:
+            return frozenset()
+        expected = self.columns["checksum"].to_pylist()
+        return frozenset(
+            row
+            for row, (image, checksum) in enumerate(zip(self.images, expected, strict=True))
+            if checksum is not None and xxhash.xxh3_64_intdigest(image) != checksum
+        )
 
 
 def read_chunk(ref: ChunkRef, columns: Mapping[str, str]) -> ChunkColumns:
@@ -88,7 +104,7 @@ def read_chunk(ref: ChunkRef, columns: Mapping[str, str]) -> ChunkColumns:
             f"{ref.uri} row group {ref.group} has {table.num_rows} rows, the index says {ref.rows}",
         )
     found = {ours: _column(table, name, ref.uri) for ours, name in columns.items()}
-    return ChunkColumns(f"{ref.uri}#{ref.group}", found)
+    return ChunkColumns(f"{ref.uri}#{ref.group}", found, _views(found.pop("image")))
 
 
 def _read_table(ref: ChunkRef, names: list[str]) -> pa.Table:
@@ -162,8 +178,20 @@ def _column(table: pa.Table, name: str, uri: str) -> pa.Array:
         raise UserError(f"{uri} has no column {head!r}; pack the data again.")
     column = table[head].combine_chunks()
     for field in fields:
-        column = column.field(field)
+        column = pc.struct_field(column, field)
     return column
+
+
+def _views(images: pa.Array) -> list[memoryview]:
+    width = np.int64 if pa.types.is_large_binary(images.type) else np.int32
+    _, offsets, data = images.buffers()
+    ends = np.frombuffer(offsets, dtype=width)[images.offset : images.offset + len(images) + 1]
+    whole = memoryview(data) if data is not None else memoryview(b"")
+    valid = images.is_valid().to_pylist()
+    return [
+        whole[start:stop] if there else whole[:0]
+        for start, stop, there in zip(ends[:-1].tolist(), ends[1:].tolist(), valid, strict=True)
+    ]
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from orchestrator.data.stream import Ints, Window
 
 # Chunks that one task fetches at once. They wait for storage, not for a CPU.
 _THREADS = 8
+_CHANGED = "checksum: the bytes differ from those that were packed"
 # Windows whose chunks a task holds or fetches: the one that is decoded and the next.
 WINDOWS_HELD = 2
 
@@ -42,11 +43,10 @@ class Sample:
     id: str
     label: Any
     """int, list of int, float or None, as the index's `label_kind` says."""
-    image: bytes
-    checksum: int | None
+    image: bytes | memoryview
     uri: str
     lost: str = ""
-    """Why it cannot be read, where its whole chunk cannot."""
+    """Why it cannot be shown, where that is known before it is decoded."""
 
 
 @dataclasses.dataclass
@@ -89,7 +89,21 @@ class Lost:
     reason: str
 
 
-Chunk = ChunkColumns | Lost
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whole:
+    """A chunk that was read."""
+
+    found: ChunkColumns
+    changed: frozenset[int]
+    """Rows whose image is not the one that was packed."""
+
+    @property
+    def uri(self) -> str:
+        """Of the chunk."""
+        return self.found.uri
+
+
+Chunk = Whole | Lost
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,18 +125,25 @@ class Layout:
             UserError: a label lies outside the classes.
         """
         began = time.perf_counter()
+        chunk = self._read(ref)
+        if isinstance(chunk, Lost) or chunk.changed:
+            # A byte may have flipped on the way; what lies there is decided by a second look.
+            chunk = self._read(ref)
+        return chunk, time.perf_counter() - began
+
+    def _read(self, ref: ChunkRef) -> "Chunk":
         try:
-            chunk = read_chunk(ref, self.columns)
+            found = read_chunk(ref, self.columns)
         except LostChunk as error:
             if self.class_weights is not None:
                 raise UserError(
                     f"{ref.uri} row group {ref.group} cannot be read ({error}), but "
                     "data.class_weights needs the labels in it; restore the shard or pack again."
                 ) from error
-            return Lost(f"{ref.uri}#{ref.group}", str(error)), time.perf_counter() - began
+            return Lost(f"{ref.uri}#{ref.group}", str(error))
         if self.label_kind == "class":
-            chunk.columns["label"] = self._classes_of(chunk)
-        return chunk, time.perf_counter() - began
+            found.columns["label"] = self._classes_of(found)
+        return Whole(found, found.changed_rows())
 
     def _classes_of(self, chunk: ChunkColumns) -> pa.Array:
         labels = chunk.columns["label"]
@@ -196,9 +217,9 @@ def _order(window: Window, chunks: list[Chunk | None], layout: Layout) -> Ints:
     if layout.class_weights is None:
         return window.order()
     labels = [
-        chunk.columns["label"].slice(first, rows).to_numpy()
+        chunk.found.columns["label"].slice(first, rows).to_numpy()
         for chunk, first, rows in zip(chunks, window.first_row, window.rows, strict=True)
-        if isinstance(chunk, ChunkColumns)
+        if isinstance(chunk, Whole)
     ]
     key = window.start if window.key is None else window.key
     return balance.picks(np.concatenate(labels), np.array(layout.class_weights), key)
@@ -217,14 +238,14 @@ def _wait(future: _Coming, cost: Callable[[], Cost]) -> Chunk | None:
 def _sample(chunk: Chunk, row: int, *, position: int, epoch: int) -> Sample:
     uri = f"{chunk.uri}#{row}"
     if isinstance(chunk, Lost):
-        return Sample(position, epoch, uri, None, b"", None, uri, lost=chunk.reason)
-    values = {name: column[row].as_py() for name, column in chunk.columns.items()}
+        return Sample(position, epoch, uri, None, b"", uri, lost=chunk.reason)
+    values = {name: column[row].as_py() for name, column in chunk.found.columns.items()}
     return Sample(
         position=position,
         epoch=epoch,
         id=values.get("id", uri),
         label=values.get("label"),
-        image=values["image"],
-        checksum=values.get("checksum"),
+        image=chunk.found.images[row],
         uri=uri,
+        lost=_CHANGED if row in chunk.changed else "",
     )

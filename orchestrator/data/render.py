@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import xxhash
 
 from orchestrator import storage
 from orchestrator.config import DataConfig
@@ -97,9 +96,6 @@ class Render:
         if sample.lost:
             reason, _, detail = sample.lost.partition(": ")
             raise BadImage(reason, detail)
-        checksum = sample.checksum
-        if checksum is not None and xxhash.xxh3_64_intdigest(sample.image) != checksum:
-            raise BadImage("checksum", "the bytes differ from those that were packed")
         decode(
             sample.image,
             out,

@@ -1,28 +1,22 @@
 """The stream through Ray Data: real executions, dealt to one to four workers in threads."""
 
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from packed import write_packed
 from ray._private import internal_api
+from streaming import SHARING, Workers
 
 from orchestrator.config import Config, DataConfig, TrainConfig
 from orchestrator.data import feeds, plan, source
-from orchestrator.data.device import ToDevice
 from orchestrator.data.feeds import Feed
 from orchestrator.data.index import Index
-from orchestrator.data.loader import Loader, Opened
-from orchestrator.data.source import Placement, Segment, blocks_of, plan_segment, split_segment
+from orchestrator.data.source import blocks_of, plan_segment, split_segment
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 TRAIN = 331  # a prime: no batch size divides it
-SHARING = Placement(slots=2, cpus=0, reason="")
 
 
 @pytest.fixture(scope="module")
@@ -37,52 +31,6 @@ def make_feed(index: Index, *, workers: int, epochs: int = 2, **data: Any) -> Fe
         train=TrainConfig(max_epochs=epochs),
     )
     return feeds.training_feed(config, index, num_workers=workers)
-
-
-class Workers:
-    """The workers of a run as threads; segments are opened once, by whoever comes first."""
-
-    def __init__(self, feed: Feed, *, step: int = 0) -> None:
-        self._feed = feed
-        self._step = step
-        self._lock = threading.Lock()
-        self._opened: dict[int, tuple[list[Any], Segment]] = {}
-        self.ids: dict[int, list[str]] = {}
-
-    def consume(self, steps: int, *, pause: Callable[[int], float] = lambda rank: 0.0) -> list[str]:
-        """Return the ids of `steps` steps in stream order."""
-        num = self._feed.batching.num_workers
-        with ThreadPoolExecutor(num) as pool:
-            parts = list(pool.map(lambda rank: self._worker(rank, steps, pause(rank)), range(num)))
-        by_position = {p: i for part in parts for p, i in part}
-        assert len(by_position) == sum(map(len, parts))
-        assert sorted(by_position) == list(range(min(by_position), max(by_position) + 1))
-        return [by_position[position] for position in sorted(by_position)]
-
-    def _worker(self, rank: int, steps: int, pause: float) -> list[tuple[int, str]]:
-        loader = Loader(
-            self._feed.batching,
-            rank=rank,
-            step=self._step,
-            open_segment=lambda step: self._open(step, rank),
-            to_device=ToDevice(torch.device("cpu"), self._feed.reader.render.data),
-            image_size=8,
-        )
-        found: list[tuple[int, str]] = []
-        for _ in loader.take(steps):
-            batch = loader.current.batch
-            found += zip(batch.positions, batch.ids, strict=True)
-            time.sleep(pause)
-        loader.close()
-        return found
-
-    def _open(self, step: int, rank: int) -> Opened:
-        with self._lock:
-            if step not in self._opened:
-                segment = plan_segment(self._feed, SHARING, step)
-                self._opened[step] = split_segment(self._feed, SHARING, segment), segment
-        iterators, segment = self._opened[step]
-        return Opened(blocks_of(iterators[rank]), segment.stop_step, segment.open_next_at)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +79,7 @@ def test_segments_follow_each_other_without_a_gap(
     feed = make_feed(index, workers=2)
     workers = Workers(feed)
     assert workers.consume(feed.batching.num_steps) == order
-    assert len(workers._opened) == 4  # seven steps of a segment, of 23
+    assert len(workers.opened) == 4  # seven steps of a segment, of 23
 
 
 def test_a_slow_worker_is_waited_for_and_loses_nothing(index: Index, order: list[str]) -> None:
