@@ -55,32 +55,71 @@ def tune(argv: Sequence[str]) -> int:
 
 
 def pack(argv: Sequence[str]) -> int:
-    """Write an ImageFolder tree as Parquet shards with an index."""
-    parser = _Parser(prog="orchestrator pack", description=pack.__doc__)
-    parser.add_argument(
-        "--source", required=True, help="local folder or s3:// URI: root/class/image"
+    """Write images of any layout as Parquet shards with an index."""
+    args = _pack_parser().parse_args(argv)
+    if args.verify:
+        return _verify(args.out, verbose=args.verbose)
+    if args.source is None:
+        raise UserError("orchestrator pack needs --source; see orchestrator pack --help.")
+    # pyarrow and Ray take a second to import.
+    from orchestrator.data.formats.request import Request, read_classes
+    from orchestrator.data.pack import pack as write_shards
+
+    request = Request(
+        format=args.format or "",
+        label_kind=args.label_kind,
+        label_column=args.label_column,
+        image_column=args.image_column,
+        id_column=args.id_column,
+        classes=read_classes(args.classes) if args.classes else (),
+        allow=tuple(args.allow),
     )
-    parser.add_argument("--out", required=True, help="local folder or s3:// URI to write to")
+    names = ("chunk_rows", "val_fraction", "test_fraction", "max_side", "quality", "copy")
+    settings = {name: getattr(args, name) for name in names}
+    index = write_shards(
+        args.source, args.out, request=request, say=_say, verbose=args.verbose, **settings
+    )
+    rows = [(name, f"{s.samples} images, {s.shards} shards") for name, s in index.splits.items()]
+    rows += [("labels", index.label_kind), ("classes", str(len(index.classes)))]
+    rows += [("quarantined", str(index.quarantined)), ("digest", index.digest[:12])]
+    print_table(f"packed {index.uri}", rows)
+    return 0
+
+
+def _pack_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="orchestrator pack", description=pack.__doc__)
+    parser.add_argument("--source", help="where the images are: a path or s3:// URI")
+    parser.add_argument("--out", required=True, help="path or s3:// URI to write to")
     parser.add_argument("--chunk-rows", type=int, default=64, help="images in a row group")
     parser.add_argument("--val-fraction", type=float, default=0.1, help="share for validation")
     parser.add_argument("--test-fraction", type=float, default=0.0, help="share held out")
+    parser.add_argument("--verify", action="store_true", help="check what lies in --out instead")
     parser.add_argument("--verbose", action="store_true", help="show Ray's log lines")
-    args = parser.parse_args(argv)
-    from orchestrator.data.pack import pack as write_shards
-
-    index = write_shards(
-        args.source,
-        args.out,
-        chunk_rows=args.chunk_rows,
-        val_fraction=args.val_fraction,
-        test_fraction=args.test_fraction,
-        say=_say,
-        verbose=args.verbose,
+    layout = parser.add_argument_group("what the source is (found out where it is not said)")
+    formats = ("imagefolder", "webdataset", "parquet", "manifest", "mds", "litdata")
+    layout.add_argument("--format", choices=formats)
+    layout.add_argument("--label-kind", choices=("class", "multi", "float", "none"))
+    layout.add_argument("--label-column", default="", help="column; in a tar: cls, json:FIELD")
+    layout.add_argument("--image-column", default="", help="column of bytes or of URIs")
+    layout.add_argument("--id-column", default="", help="column of unique names")
+    layout.add_argument("--classes", help="file with a class name a line, in the labels' order")
+    layout.add_argument(
+        "--allow", action="append", default=[], help="prefix that a manifest may name; repeatable"
     )
-    rows = [(name, f"{s.samples} images, {s.shards} shards") for name, s in index.splits.items()]
-    rows += [("classes", str(len(index.classes))), ("quarantined", str(index.quarantined))]
-    print_table(f"packed {index.uri}", [*rows, ("digest", index.digest[:12])])
-    return 0
+    written = parser.add_argument_group("what is written")
+    written.add_argument("--copy", action="store_true", help="copy Parquet that could stay")
+    written.add_argument("--max-side", type=int, default=0, help="shrink larger images, in pixels")
+    written.add_argument("--quality", type=int, default=0, help="encode as JPEG of this quality")
+    return parser
+
+
+def _verify(out: str, *, verbose: bool) -> int:
+    from orchestrator.data.verify import verify
+
+    found = verify(out, say=_say, verbose=verbose)
+    rows = [("images", f"{found.samples:,}"), ("bad", f"{found.num_bad:,}")]
+    print_table(f"checked {out}", [*rows, *((name, f"{n:,}") for name, n in found.reasons)])
+    return 1 if found.num_bad else 0
 
 
 def evaluate(argv: Sequence[str]) -> int:

@@ -190,16 +190,20 @@ def _handler(proxy: FaultProxy) -> type[http.server.BaseHTTPRequestHandler]:
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
 
         def _body(self) -> bytes:
-            if "chunked" in self.headers.get("Transfer-Encoding", ""):
-                content = b""
-                while size := int(self.rfile.readline().split(b";")[0], 16):
-                    content += self.rfile.read(size)
-                    self.rfile.readline()
-                self.rfile.readline()
-                return content
-            if self.headers.get("Expect", "").lower() == "100-continue":
-                self.wfile.flush()
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.wfile.flush()  # the client may be waiting for "100 Continue"
+            if not self._chunked():
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            raw = b""  # passed on as it came: a checksum may follow the last chunk
+            while size := int((line := self.rfile.readline()).split(b";")[0], 16):
+                raw += line + self.rfile.read(size) + self.rfile.readline()
+            raw += line
+            while line.strip():
+                line = self.rfile.readline()
+                raw += line
+            return raw
+
+        def _chunked(self) -> bool:
+            return "chunked" in self.headers.get("Transfer-Encoding", "")
 
         def _answer(self, status: int, code: str) -> None:
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code></Error>".encode()
@@ -238,7 +242,9 @@ def _handler(proxy: FaultProxy) -> type[http.server.BaseHTTPRequestHandler]:
                     for name, value in self.headers.items():
                         if name.lower() not in left_out:
                             self.upstream.putheader(name, value)
-                    if body or self.command in ("PUT", "POST"):
+                    if self._chunked():
+                        self.upstream.putheader("Transfer-Encoding", "chunked")
+                    elif body or self.command in ("PUT", "POST"):
                         self.upstream.putheader("Content-Length", str(len(body)))
                     self.upstream.endheaders(body or None)
                     return self.upstream.getresponse()

@@ -126,6 +126,8 @@ def test_a_config_file_that_cannot_be_read_is_refused(
         ("pack --source {root}/none --out {root}/o", r"--source .*/none is no folder; check"),
         ("pack --source a --out b --val-fraction x", r"--val-fraction: invalid float value: 'x'"),
         ("pack --source a --out b --val-fraction 1", r"--val-fraction must be .* but it is 1\.0"),
+        ("pack --out b", r"orchestrator pack needs --source; see orchestrator pack --help"),
+        ("pack --verify --out {root}/none", r"/none holds no INDEX\.json, so it is no packed data"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_refused(

@@ -186,7 +186,8 @@ def _views(images: pa.Array) -> list[memoryview]:
     width = np.int64 if pa.types.is_large_binary(images.type) else np.int32
     _, offsets, data = images.buffers()
     ends = np.frombuffer(offsets, dtype=width)[images.offset : images.offset + len(images) + 1]
-    whole = memoryview(data) if data is not None else memoryview(b"")
+    # pyarrow's bytes are signed, and a view of signed bytes equals no bytes object above 127.
+    whole = memoryview(data).cast("B") if data is not None else memoryview(b"")
     valid = images.is_valid().to_pylist()
     return [
         whole[start:stop] if there else whole[:0]

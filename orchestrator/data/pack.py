@@ -1,103 +1,82 @@
-"""Driver side: an ImageFolder tree -> Parquet shards and an index, as one Ray Data job.
+"""Driver side: images in any layout -> Parquet shards and an index, written last.
 
-Listers (read tasks) cut the tree into units; each unit is one packing task; the driver sees only
-what became of each unit, and writes the index last. Mistakes of the user's that a task finds travel
-back as a value, so that they end in one sentence and not in Ray's stack trace.
+A second pack of a grown source adds shards and keeps what is there; Parquet that is in good shape
+is indexed where it lies.
 """
 
-import collections
 import dataclasses
-import functools
-import io
-import logging
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
-import ray.data
-from ray.data import DataContext, Datasource, ReadTask, TaskPoolStrategy
-from ray.data.block import BlockMetadata
 
 from orchestrator import cluster, storage
 from orchestrator.config import UserError
-from orchestrator.data import imagefolder
-from orchestrator.data.imagefolder import File, Unit
-from orchestrator.data.index import INDEX_FILE, Index, Shard, read_index, write_index
-from orchestrator.data.shard import Bad, PackSettings, UnitResult, pack_unit
+from orchestrator.data import growth, inplace_index
+from orchestrator.data.formats import imagefolder
+from orchestrator.data.formats.base import Format, Survey
+from orchestrator.data.formats.detect import open_format
+from orchestrator.data.formats.labels import MAX_CLASSES
+from orchestrator.data.formats.parquet import ParquetRows
+from orchestrator.data.formats.request import Request
+from orchestrator.data.growth import Before
+from orchestrator.data.index import INDEX_FILE, Index, write_index
+from orchestrator.data.packjob import Job
+from orchestrator.data.settings import PackSettings
+from orchestrator.data.tally import QUARANTINE_FILE as QUARANTINE_FILE
+from orchestrator.data.tally import Tally, said_bad, summary, write_quarantine
 
-QUARANTINE_FILE = "quarantine.parquet"
-# A packing task and its share of the listers add up to one CPU.
-_PACK_CPUS = 0.9
-_LIST_CPUS = 0.05
-_SAY_EVERY_S = 3.0
-# Files that are named when they are left out; QUARANTINE_FILE names all.
-_SAY_BAD = 5
-
-_UNIT_SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("ids", pa.list_(pa.binary())),
-        ("sizes", pa.list_(pa.int64())),
-        ("labels", pa.list_(pa.int32())),
-        ("error", pa.string()),
-    ]
-)
-_RESULT_SCHEMA = pa.schema([("result", pa.string()), ("error", pa.string())])
-_QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("uri", "id", "reason")])
+_Say = Callable[[str], None]
 
 
 def pack(
     source: str,
     out: str,
     *,
-    chunk_rows: int = 64,
-    unit_images: int = 4096,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.0,
-    say: Callable[[str], None],
+    request: Request | None = None,
+    say: _Say,
     verbose: bool = False,
+    **settings: Any,
 ) -> Index:
-    """Pack `source` into `out` and return the index; a pack that was killed is finished.
+    """Pack `source` into `out` and return the index.
 
-    Ray is connected once there is work: not for a mistake, and not where `out` is already packed
-    from this source with these settings.
+    A pack that was killed is finished; a pack of a grown source packs the growth.
+
+    Args:
+        source: where the images are.
+        out: the packed folder.
+        request: what the user says about the source; None: all is found out.
+        say: receives lines for a person.
+        verbose: show Ray's log lines.
+        settings: the fields of `PackSettings`.
 
     Raises:
         UserError: the source, the target or a setting does not allow it.
     """
-    settings = PackSettings(
-        source=storage.absolute(source),
-        chunk_rows=chunk_rows,
-        unit_images=unit_images,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-    )
-    settings.check()
+    chosen = PackSettings(source=storage.absolute(source), **settings)
+    chosen.check()
     out = storage.absolute(out)
-    finished = _find_finished(out, settings)
-    if finished is not None:
-        say(f"{out} is packed already ({_summary(finished)}); nothing to do")
-        return finished
-    classes = imagefolder.find_classes(settings.source, say)
+    before = _before(out, chosen, request or Request())
+    asked = before.request if before else request or Request()
+    name, found = open_format(chosen.source, asked, say, classes=before.classes if before else ())
+    if before:
+        found = before.continued(name, found)
     storage.check_writable(out)
     cluster.connect(verbose=verbose)
-    packed = _Packed()
-    for result in _run(settings, out, classes):
-        packed.add(result)
-        packed.say_progress(say)
-    packed.check(settings, classes)
-    index = _write(out, classes, packed, settings)
-    say(f"packed {out}: {_summary(index)}")
-    for bad in packed.bad[:_SAY_BAD]:
-        say(f"left out {bad.uri}: {bad.reason}")
-    return index
+    if before is None and isinstance(found, imagefolder.ImageFolder):
+        found = imagefolder.with_cuts(found)
+    job = Job(found, out, before.generation + 1 if before else 0, chosen)
+    survey = job.survey() if found.needs_survey else Survey()
+    job = dataclasses.replace(job, source=_with_names(found, survey, before))
+    record = _record(name, job, asked)
+    if inplace_index.decide(job, survey, before, say):
+        assert isinstance(job.source, ParquetRows)
+        return inplace_index.write(job, job.source, survey, before, record, say)
+    return _pack(job, survey, before, record, say)
 
 
-def _find_finished(out: str, settings: PackSettings) -> Index | None:
+def _before(out: str, settings: PackSettings, request: Request) -> Before | None:
     if f"{out}/".startswith(f"{settings.source}/"):
         raise UserError(
             f"--out {out} lies in --source {settings.source}, where shards would be taken for "
@@ -105,178 +84,101 @@ def _find_finished(out: str, settings: PackSettings) -> Index | None:
         )
     if not storage.exists(storage.join(out, INDEX_FILE)):
         return None
-    index = read_index(out)
-    for key, value in dataclasses.asdict(settings).items():
-        if index.settings.get(key) != value:
-            raise UserError(
-                f"--out {out} was packed with {key} {index.settings.get(key)!r}, not {value!r}; "
-                "choose another --out, or delete it first."
-            )
+    return growth.read_before(out, settings, request)
+
+
+def _with_names(source: Format, survey: Survey, before: Before | None) -> Format:
+    """Return the source with the class names that the survey found, new ones after known ones."""
+    labels = source.labels
+    if not labels.named or labels.fixed:
+        return source
+    if len(survey.names) > MAX_CLASSES:
+        raise UserError(
+            f"--label-column {labels.column} holds {len(survey.names):,} different texts, which "
+            "are no classes; name another column, or use --label-kind none."
+        )
+    known = before.classes if before else ()
+    classes = (*known, *sorted(survey.names - set(known)))
+    return source.with_labels(dataclasses.replace(labels, classes=classes))
+
+
+def _record(name: str, job: Job, request: Request) -> dict[str, Any]:
+    """Return what the index says about how it was packed."""
+    labels = job.source.labels
+    record = {
+        **job.settings.content(),
+        "format": name,
+        "request": dataclasses.asdict(request),
+        "labels": {"kind": labels.kind, "column": labels.column, "named": labels.named},
+        "cuts": getattr(job.source, "cuts", ()),
+        "generation": job.generation,
+        "in_place": False,
+    }
+    content: dict[str, Any] = json.loads(json.dumps(record))  # as it is read again
+    return content
+
+
+def _pack(
+    job: Job, survey: Survey, before: Before | None, record: dict[str, Any], say: _Say
+) -> Index:
+    tally = Tally()
+    tally.weight = 0 if before else survey.weight
+    weighing = [] if tally.weight else job.start_weighing()
+    for found in job.pack():
+        tally.add(found)
+        if weighing and not tally.weight:
+            done, rest = ray.wait(weighing, num_returns=len(weighing), timeout=0)
+            tally.weight = 0 if rest else sum(ray.get(done))
+        tally.say_progress(say)
+    for task in weighing:
+        ray.cancel(task)
+    growth.say_changes(tally.listed, say)
+    classes = _classes(job, tally, before)
+    tally.check(job.settings, classes, folders=isinstance(job.source, imagefolder.ImageFolder))
+    if before and before.holds(dict(tally.splits), tally.bad.count):
+        say(f"{job.out} is packed already ({summary(before.index)}); nothing to do")
+        return before.index
+    growth.delete_unused_markers(job.out, job.source.parts)
+    bad = tally.bad.table()
+    write_quarantine(job.out, bad)
+    index = write_index(
+        job.out,
+        classes=classes,
+        shards=tally.shards,
+        settings=record,
+        quarantined=bad.num_rows,
+        label_kind=job.source.labels.kind,
+        class_samples=[tally.train_of_label[label] for label in range(len(classes))],
+    )
+    _say_packed(index, tally, job.settings, say)
     return index
 
 
-class _Packed:
-    """What the units amount to so far."""
-
-    def __init__(self) -> None:
-        self.shards: list[Shard] = []
-        self.bad: list[Bad] = []
-        self.images_of_label = collections.Counter[int]()
-        self._units = self._images = self._bytes = 0
-        self._started = self._said = time.monotonic()
-
-    def add(self, result: UnitResult) -> None:
-        self.shards += result.shards
-        self.bad += result.bad
-        self.images_of_label.update(result.images_of_label)
-        self._units += 1
-        self._images += result.images
-        self._bytes += sum(shard.bytes for shard in result.shards)
-
-    def say_progress(self, say: Callable[[str], None]) -> None:
-        now = time.monotonic()
-        if now - self._said < _SAY_EVERY_S:
-            return
-        self._said, seconds = now, now - self._started
-        say(
-            f"packed {self._images:,} images in {self._units:,} units, "
-            f"{self._images / seconds:,.0f} images/s, {self._bytes / seconds / 1e6:,.1f} MB/s"
+def _classes(job: Job, tally: Tally, before: Before | None) -> tuple[str, ...]:
+    """Return class names by number; numbers without names are their own."""
+    labels = job.source.labels
+    if labels.kind not in ("class", "multi"):
+        return ()
+    if labels.named or labels.fixed:
+        return labels.classes
+    known = before.classes if before else ()
+    count = max(max(tally.images_of_label, default=-1) + 1, len(known))
+    if count > MAX_CLASSES:
+        raise UserError(
+            f"--label-column {labels.column} goes up to {count - 1:,}, which is no class number; "
+            "name another column, or use --label-kind float."
         )
-
-    def check(self, settings: PackSettings, classes: Sequence[str]) -> None:
-        """Refuse a data set that could not be trained on, before it gets an index."""
-        for label, name in enumerate(classes):
-            if not self.images_of_label[label]:
-                reasons = (bad.reason for bad in self.bad if bad.id.startswith(f"{name}/"))
-                raise UserError(
-                    f"class folder {storage.join(settings.source, name)} holds no file that is an "
-                    f"image (the first: {next(reasons, 'gone since it was listed')}); remove the "
-                    "folder or restore its images."
-                )
-        splits = {shard.split for shard in self.shards}
-        for split, fraction in settings.fractions().items():
-            if fraction and split not in splits:
-                raise UserError(
-                    f"split {split!r} would hold none of the {self._images} images, though its "
-                    f"share is {fraction:g}; change --val-fraction or --test-fraction."
-                )
+    return (*known, *(str(number) for number in range(len(known), count)))
 
 
-def _run(settings: PackSettings, out: str, classes: Sequence[str]) -> Iterator[UnitResult]:
-    num_cpus = int(ray.cluster_resources().get("CPU", 1))
-    num_listers = imagefolder.num_listers(classes)
-    dataset = ray.data.read_datasource(
-        _Listing(settings, classes),
-        override_num_blocks=num_listers,
-        compute=TaskPoolStrategy(size=min(num_listers, 2 * max(1, num_cpus))),
-        num_cpus=_LIST_CPUS,
-    ).map_batches(
-        functools.partial(_pack_block, out=out, settings=settings),
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=_PACK_CPUS,
-    )
-    _tune(dataset.context)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in batch.to_pylist():
-            if row["error"]:
-                raise UserError(row["error"])
-            yield UnitResult.from_json(row["result"])
-
-
-def _tune(context: DataContext) -> None:
-    # A unit is a block and a task: larger targets would merge units until a lister ends.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # Its console handler ignores the level that `ray.init` was given.
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.getLogger("ray").getEffectiveLevel())
-
-
-class _Listing(Datasource):  # type: ignore[misc]
-    """Read tasks that list classes and yield a row for each unit."""
-
-    def __init__(self, settings: PackSettings, classes: Sequence[str]) -> None:
-        self._settings = settings
-        self._classes = classes
-
-    def estimate_inmemory_data_size(self) -> None:
-        """Return nothing: Ray Data shall not size tasks itself."""
-
-    def get_read_tasks(
-        self,
-        parallelism: int,
-        per_task_row_limit: int | None = None,
-        data_context: DataContext | None = None,
-    ) -> list[ReadTask]:
-        """Return one read task for each lister, whatever `parallelism` Ray Data would like."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        classes = ray.put(self._classes)
-        return [
-            ReadTask(functools.partial(_list_blocks, self._settings, classes, lister), unknown)
-            for lister in range(imagefolder.num_listers(self._classes))
-        ]
-
-
-def _list_blocks(
-    settings: PackSettings, classes: "ray.ObjectRef[Sequence[str]]", lister: int
-) -> Iterator[pa.Table]:
-    units = imagefolder.list_units(
-        settings.source, ray.get(classes), lister=lister, max_images=settings.unit_images
-    )
-    try:
-        for unit in units:
-            row = {
-                "name": unit.name,
-                "ids": [imagefolder.encode_id(file.id) for file in unit.files],
-                "sizes": [file.size for file in unit.files],
-                "labels": [file.label for file in unit.files],
-            }
-            yield pa.Table.from_pylist([row], schema=_UNIT_SCHEMA)
-    except UserError as error:
-        yield pa.Table.from_pylist([{"error": str(error)}], schema=_UNIT_SCHEMA)
-
-
-def _pack_block(block: pa.Table, *, out: str, settings: PackSettings) -> pa.Table:
-    results: list[str | None] = []
-    errors: list[str | None] = []
-    for row in block.to_pylist():
-        result, error = None, row["error"]
-        if not error:
-            try:
-                result = pack_unit(_unit(row), out, settings).to_json()
-            except UserError as mistake:
-                error = str(mistake)
-        results.append(result)
-        errors.append(error)
-    return pa.table({"result": results, "error": errors}, schema=_RESULT_SCHEMA)
-
-
-def _unit(row: dict[str, Any]) -> Unit:
-    columns = zip(row["ids"], row["sizes"], row["labels"], strict=True)
-    return Unit(row["name"], tuple(File(os.fsdecode(i), size, label) for i, size, label in columns))
-
-
-def _write(out: str, classes: Sequence[str], packed: _Packed, settings: PackSettings) -> Index:
-    quarantine = storage.join(out, QUARANTINE_FILE)
-    if packed.bad:
-        rows = [dataclasses.asdict(bad) for bad in sorted(packed.bad, key=lambda bad: bad.id)]
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_QUARANTINE_SCHEMA), buffer)
-        storage.write_atomic(quarantine, buffer.getvalue())
-    else:
-        storage.delete_file(quarantine)  # of a run that was killed, before the files were mended
-    return write_index(
-        out,
-        classes=classes,
-        shards=packed.shards,
-        settings=dataclasses.asdict(settings),
-        quarantined=len(packed.bad),
-    )
-
-
-def _summary(index: Index) -> str:
-    splits = ", ".join(f"{split.samples:,} {name}" for name, split in index.splits.items())
-    return f"{len(index.classes):,} classes; images: {splits}; {index.quarantined:,} left out"
+def _say_packed(index: Index, tally: Tally, settings: PackSettings, say: _Say) -> None:
+    if settings.max_side or settings.quality:
+        before, after = tally.recoded
+        saved = 1 - after / before if before else 0.0
+        say(
+            f"encoding again made {before / 1e6:,.1f} MB of images {after / 1e6:,.1f} MB: "
+            f"{saved:.0%} saved"
+        )
+    say(f"packed {index.uri}: {summary(index)}")
+    for line in said_bad(tally.bad.table()):
+        say(line)

@@ -9,6 +9,7 @@ block size of one byte, under which blocks are neither merged nor split, and `eq
 import dataclasses
 import functools
 from collections.abc import Generator, Iterable
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -164,10 +165,26 @@ def split_segment(feed: Feed, placement: Placement, segment: Segment) -> list[Da
         override_num_blocks=len(works),
         compute=TaskPoolStrategy(size=placement.slots),
         num_cpus=placement.cpus,
+        **_nodes_without_gpus(),
     )
     _tune(dataset.context, feed, placement, works)
     iterators: list[DataIterator] = dataset.streaming_split(feed.batching.num_workers, equal=True)
     return iterators
+
+
+def _nodes_without_gpus() -> dict[str, Any]:
+    """Return options that try nodes without GPUs first, where there are nodes of both kinds.
+
+    What the workers leave of the others' CPUs is used when those are taken, or gone.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU")]
+    if not with_gpus or len(with_gpus) == len(nodes):
+        return {}
+    return {
+        "label_selector": {"ray.io/node-id": f"!in({','.join(with_gpus)})"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }
 
 
 def blocks_of(iterator: DataIterator) -> Generator[pa.Table, None, None]:
@@ -188,8 +205,5 @@ def _tune(context: DataContext, feed: Feed, placement: Placement, works: list[Wo
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=buffer)
     # Reading a process's memory map once a second takes milliseconds from decoding.
     context.memory_usage_poll_interval_s = None
-    if ray.cluster_resources().get("GPU"):
-        # Ray's default policy fills nodes without GPUs first; Ray Data's own, SPREAD, does not.
-        context.scheduling_strategy = "DEFAULT"
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -7,6 +7,7 @@ from obstore.exceptions import PreconditionError, UnauthenticatedError
 from orchestrator.stores import faults
 from orchestrator.stores.faults import StorageError
 
+_UNTRUSTED = "the server's certificate is not trusted"
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _KIND = re.compile(r"kind: (Connect|Timeout|Interrupted|Decode|Request)\b")
@@ -32,8 +33,8 @@ def read_error(error: Exception) -> tuple[faults.Verdict, str]:
         return "identity", "the credentials cannot be had"
     if isinstance(error, PreconditionError):
         return "changed", "412"
-    if kind is None and "builder error" in text:
-        return "wrong", "the endpoint is no URL"
+    if "InvalidCertificate" in text:
+        return "wrong", _UNTRUSTED
     # Nobody there at all: asking less often is as polite as after a 503.
     verdict: faults.Verdict = "slow" if kind is not None and kind[1] == "Connect" else "again"
     return verdict, _KINDS[kind[1]] if kind else "half an answer"
@@ -50,6 +51,8 @@ def fault(uri: str, verdict: faults.Verdict, reason: str, verb: str) -> StorageE
         return faults.ChangedError(
             f"{uri} is not the object that was indexed ({reason}); restore it or pack again."
         )
+    if reason == _UNTRUSTED:
+        return StorageError(f"cannot {verb} {uri}: {reason}; set AWS_CA_BUNDLE to its authority's.")
     remedy = "set AWS_REGION to the bucket's" if reason[:3] in ("301", "400") else "check the URI"
     return StorageError(f"cannot {verb} {uri}: {reason}; {remedy}.")
 

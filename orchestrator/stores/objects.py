@@ -29,7 +29,7 @@ SCHEMES = ("s3", "gs", "az")
 _CLIENT: Any = {
     "connect_timeout": timedelta(seconds=5),
     # No byte for this long is a stall; obstore alone would wait for the whole request's limit.
-    "read_timeout": timedelta(seconds=10),
+    "read_timeout": timedelta(seconds=5),
     "timeout": timedelta(seconds=300),
 }
 _NO_RETRIES: Any = {"max_retries": 0}
@@ -255,3 +255,12 @@ def _store(scheme: str, bucket: str, generation: int) -> ObjectStore:
 def _forked() -> bool:
     # Measured with obstore 0.12.1: after a fork, its first call never returns.
     return _first_pid is not None and _first_pid != os.getpid()
+
+
+def _start_over() -> None:
+    # A thread of the parent may have held a lock at the fork.
+    global _patience, _lock
+    _patience, _lock = Patience(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_start_over)

@@ -48,15 +48,16 @@ class Traffic:
 class Rate:
     """Requests/s this process allows itself: no limit until storage says it is too much.
 
-    Once a second: where requests were refused, the limit becomes 1.25 x what was served, at most
-    the rate sent and at least half of it; where none was, it climbs by a quarter. So a burst of
-    refusals halves the rate within a second or two, while a store that refuses one request in
-    five whatever the rate (which fewer requests would not help) is not starved.
+    Once a second: where requests were refused, the limit becomes 1.3 x what was served, but at
+    least half of what was sent; where none was, it climbs by a quarter. So a burst of refusals
+    halves the rate within a second or two, while a store that refuses one request in five
+    whatever the rate (which fewer requests would not help) is not starved.
     """
 
     FLOOR_PER_S = 1.0
     _INTERVAL_S = 1.0
     _CLIMB = 1.25
+    _HEADROOM = 1.3
     # A limit this far above what is asked for limits nothing.
     _IDLE = 4.0
 
@@ -98,7 +99,8 @@ class Rate:
         limit = self.limit_per_s
         if self._refused:
             used = sent if limit is None else min(sent, limit)
-            wanted = min(used, max(used / 2, self._CLIMB * served))
+            most = sent if limit is None else self._CLIMB * limit
+            wanted = min(most, max(used / 2, self._HEADROOM * served))
             self.limit_per_s = max(self.FLOOR_PER_S, wanted)
         elif limit is not None and self._served:
             limit = limit * self._CLIMB + 1
@@ -123,6 +125,8 @@ class Patience:
         self._lock = threading.Lock()
         self._traffic = Traffic()
         self._noticed = float("-inf")
+        self._served_at = float("-inf")
+        self._silent = False
 
     @property
     def traffic(self) -> Traffic:
@@ -158,13 +162,12 @@ class Patience:
                         f"{what} does not answer ({error}; {tries} tries in {now - failed_at:.0f} "
                         f"s); {remedy}, then submit again."
                     ) from error
-                self._notice(what, error, failed_s=now - failed_at, pause=pause, tries=tries)
+                self._notice(what, error, failed_at=failed_at, pause=pause, tries=tries)
                 self._count(waited_s=pause)
                 self._sleep(pause)
             else:
                 self.rate.note(refused=False)
-                if failed_at is not None and self._clock() - failed_at >= _NOTICE_EVERY_S:
-                    _LOG.warning("%s answers again after %.0f s", what, self._clock() - failed_at)
+                self._note_served(what, failed_at)
                 return done
         raise AssertionError("patience is bounded by time")
 
@@ -183,15 +186,24 @@ class Patience:
         with self._lock:
             self._traffic += Traffic(requests, retries, bytes, waited_s)
 
+    def _note_served(self, what: str, failed_at: float | None) -> None:
+        with self._lock:
+            self._served_at = self._clock()
+            silent, self._silent = self._silent, False
+        if silent and failed_at is not None:
+            _LOG.warning("%s answers again after %.0f s", what, self._served_at - failed_at)
+
     def _notice(
-        self, what: str, error: Exception, *, failed_s: float, pause: float, tries: int
+        self, what: str, error: Exception, *, failed_at: float, pause: float, tries: int
     ) -> None:
+        """Say that nothing is served: not for one unlucky request among others that are."""
         with self._lock:
             now = self._clock()
-            if failed_s < _NOTICE_S or now - self._noticed < _NOTICE_EVERY_S:
+            quiet_s = now - max(failed_at, self._served_at)
+            if quiet_s < _NOTICE_S or now - self._noticed < _NOTICE_EVERY_S:
                 return
-            self._noticed = now
+            self._noticed, self._silent = now, True
         _LOG.warning(
             "%s does not answer (%s; %d tries in %.0f s); next try in %.1f s",
-            *(what, error, tries, failed_s, pause),
+            *(what, error, tries, now - failed_at, pause),
         )

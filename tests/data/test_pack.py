@@ -138,7 +138,7 @@ def test_a_killed_pack_leaves_no_index_and_is_finished_by_a_rerun(ray_with_s3, m
     )
     env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     with subprocess.Popen([sys.executable, "-c", script, root, str(out)], env=env) as driver:
-        while len(list(out.glob("units/*.json"))) < 10:
+        while len(list(out.glob("units/*/*.json"))) < 10:
             assert driver.poll() is None
             time.sleep(0.01)
         driver.send_signal(signal.SIGKILL)
@@ -153,8 +153,13 @@ def test_a_killed_pack_leaves_no_index_and_is_finished_by_a_rerun(ray_with_s3, m
     after = modified(out)
     redone = [path for path in done if after[path] != done[path]]
     # A shard that was written when the kill came has no marker yet: its unit is done again.
-    finished = {Path(path).stem for path in done if "/units/" in path}
-    assert not [path for path in redone if Path(path).stem in finished]
+    finished = {_unit_of(path) for path in done if "/units/" in path}
+    assert not [path for path in redone if _unit_of(path) in finished]
+
+
+def _unit_of(path):
+    part, stem = Path(path).parent.name, Path(path).stem
+    return f"{part}-{stem}" if "/units/" in path else stem
 
 
 def _wait_until_still(folder):

@@ -10,10 +10,14 @@ from PIL import Image
 
 from orchestrator import storage
 from orchestrator.config import UserError
-from orchestrator.data import shard as shard_module
-from orchestrator.data.imagefolder import File, Unit
+from orchestrator.data.formats import base
+from orchestrator.data.formats.base import File, Unit
+from orchestrator.data.formats.imagefolder import ImageFolder
+from orchestrator.data.formats.labels import Labels
 from orchestrator.data.index import SHARD_SCHEMA
-from orchestrator.data.shard import PackSettings, UnitResult, pack_unit
+from orchestrator.data.settings import PackSettings
+from orchestrator.data.shard import UnitResult
+from orchestrator.data.shard import pack_unit as pack_unit_of
 
 
 def settings(source="src", **changes):
@@ -21,11 +25,17 @@ def settings(source="src", **changes):
     return PackSettings(source=source, **{**usual, **changes})
 
 
+def pack_unit(unit, out, settings):
+    """Pack files of a tree whose classes are called by one digit."""
+    tree = ImageFolder(settings.source, Labels("class", named=True, classes=tuple("012")))
+    return pack_unit_of(unit, out, settings, tree)
+
+
 def unit_of(root, files):
     listed = [File(name, len(content), int(name[0])) for name, content in files.items()]
     for name, content in files.items():
         storage.write_atomic(storage.join(root, name), content)
-    return Unit("00000-000000", tuple(listed))
+    return Unit("00000/0000-000000", tuple(listed))
 
 
 def modified(folder):
@@ -106,7 +116,7 @@ def test_files_that_are_no_images_are_left_out_with_their_reason(tmp_path, monke
     }
     unit = unit_of(source, {"0/good.png": encode_png(3), **{n: c for n, (c, _) in bad.items()}})
     os.unlink(f"{source}/0/gone.png")
-    monkeypatch.setattr(shard_module, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(base, "UNIT_BYTES", 2000)
     result = pack_unit(unit, out, settings(source, val_fraction=0.0, test_fraction=0.0))
     assert result.images == 1
     expected = {name.replace("\udcff", "\\xff"): reason for name, (_, reason) in bad.items()}
@@ -134,6 +144,8 @@ def test_a_split_depends_on_nothing_but_the_id():
         ({"unit_images": -1}, "--unit-images"),
         ({"val_fraction": 1.0}, "--val-fraction"),
         ({"test_fraction": -0.1}, "--test-fraction"),
+        ({"quality": 101}, "--quality must be 1 to 100"),
+        ({"max_side": -1}, "--max-side"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "--val-fraction 0.5 and --test-fraction 0.5"),
     ],
 )

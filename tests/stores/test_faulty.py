@@ -45,7 +45,7 @@ def read_all(shard, *, num_spans=400, threads=8):
 
 def test_a_storm_loses_nothing_and_is_polite(faulty_s3, shard, monkeypatch):  # R26
     before, sent = storage.traffic(), len(faulty_s3.log)
-    faulty_s3.faults = Faults(refuse=0.2, cut=0.1, stall=0.01, stall_s=12)
+    faulty_s3.faults = Faults(refuse=0.2, cut=0.1, stall=0.01, stall_s=7)
     assert read_all(shard) == 0
     traffic = storage.traffic()
     requests = len(faulty_s3.log) - sent
