@@ -176,7 +176,9 @@ def _column(table: pa.Table, name: str, uri: str) -> pa.Array:
     head, *fields = name.split(".")
     if head not in table.column_names:
         raise UserError(f"{uri} has no column {head!r}; pack the data again.")
-    column = table[head].combine_chunks()
+    # One row group, one array: combining would copy it.
+    chunks = table[head].chunks
+    column = chunks[0] if len(chunks) == 1 else table[head].combine_chunks()
     for field in fields:
         column = pc.struct_field(column, field)
     return column

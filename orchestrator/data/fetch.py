@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,8 +34,7 @@ class Work:
     """For each window of the task, the chunk of each of its sections."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One encoded image at its place in the stream."""
 
     position: int
@@ -45,8 +44,8 @@ class Sample:
     """int, list of int, float or None, as the index's `label_kind` says."""
     image: bytes | memoryview
     uri: str
-    lost: str = ""
-    """Why it cannot be shown, where that is known before it is decoded."""
+    lost: str
+    """Why it cannot be shown, where that is known before it is decoded; else empty."""
 
 
 @dataclasses.dataclass
@@ -94,6 +93,8 @@ class Whole:
     """A chunk that was read."""
 
     found: ChunkColumns
+    ids: list[str] | None
+    labels: list[Any] | None
     changed: frozenset[int]
     """Rows whose image is not the one that was packed."""
 
@@ -143,7 +144,12 @@ class Layout:
             return Lost(f"{ref.uri}#{ref.group}", str(error))
         if self.label_kind == "class":
             found.columns["label"] = self._classes_of(found)
-        return Whole(found, found.changed_rows())
+        # As lists, at once: a value at a time costs ten times as much.
+        ids, labels = (
+            found.columns[name].to_pylist() if name in found.columns else None
+            for name in ("id", "label")
+        )
+        return Whole(found, ids, labels, found.changed_rows())
 
     def _classes_of(self, chunk: ChunkColumns) -> pa.Array:
         labels = chunk.columns["label"]
@@ -238,13 +244,12 @@ def _wait(future: _Coming, cost: Callable[[], Cost]) -> Chunk | None:
 def _sample(chunk: Chunk, row: int, *, position: int, epoch: int) -> Sample:
     uri = f"{chunk.uri}#{row}"
     if isinstance(chunk, Lost):
-        return Sample(position, epoch, uri, None, b"", uri, lost=chunk.reason)
-    values = {name: column[row].as_py() for name, column in chunk.found.columns.items()}
+        return Sample(position, epoch, uri, None, b"", uri, chunk.reason)
     return Sample(
         position=position,
         epoch=epoch,
-        id=values.get("id", uri),
-        label=values.get("label"),
+        id=uri if chunk.ids is None else chunk.ids[row],
+        label=None if chunk.labels is None else chunk.labels[row],
         image=chunk.found.images[row],
         uri=uri,
         lost=_CHANGED if row in chunk.changed else "",
