@@ -80,7 +80,7 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("data.global_batch 8", r"argument 'data\.global_batch' is not of the form --section\.fi"),
         ("--data.index '\"\"'", r"data\.index='' must name what `orchestrator pack --out` wrote\."),
         ("--data.index /no/such/place", r"/no/such/place holds no INDEX\.json, .*run `orch"),
-        ("--data.index gs://bucket/x", r"gs://bucket/x: the scheme 'gs' is not supported; use s3"),
+        ("--data.index ftp://h/x", r"ftp://h/x: the scheme 'ftp' is not supported; use s3://, gs"),
         ("--name ../first", r"name='\.\./first' must be a folder name; choose one such as my-run"),
         ("--model.class_path no.such.Net", r"'no\.such\.Net' does not import \(No module named"),
         ("--model.class_path .rel.Net", r"'\.rel\.Net' does not import \(TypeError: .*check the"),
@@ -223,11 +223,11 @@ def test_data_that_changed_since_it_was_packed_is_refused(
         ({}, r"s3://no-such-bucket/x.*(there is no such bucket|holds no INDEX\.json)"),
         (
             {"AWS_SECRET_ACCESS_KEY": "wrong"},
-            r"s3://no-such-bucket/x.*the credentials are wrong .*check AWS_ACCESS_KEY_ID",
+            r"s3://no-such-bucket/x.*the credentials are wrong .*check",
         ),
         (
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:{port}"},
-            r"s3://no-such-bucket/x.*endpoint http://127\.0\.0\.1:\d+ does not answer; check AWS",
+            r"s3://no-such-bucket/x.*endpoint http://127.* does not answer.*AWS_ENDPOINT_URL",
         ),
     ],
 )
