@@ -115,11 +115,18 @@ def _parts(row: dict[str, Any]) -> Iterator[_Part]:
     first = 0
     for piece in row["pieces"].as_py():
         last = bisect.bisect_left(columns["positions"], piece["stop"], lo=first)
+        there = [entry for entry in bad if piece["start"] <= entry["position"] < piece["stop"]]
+        held = sorted(columns["positions"][first:last] + [entry["position"] for entry in there])
+        if held != list(range(piece["start"], piece["stop"])):
+            raise WrongOrderError(
+                f"a block holds the positions {held} where all from {piece['start']} up to "
+                f"{piece['stop']} were due; the run stops because samples are missing or doubled."
+            )
         yield _Part(
             **piece,
             pixels=pixels[first:last],
             columns={name: values[first:last] for name, values in columns.items()},
-            bad=[entry for entry in bad if piece["start"] <= entry["position"] < piece["stop"]],
+            bad=there,
         )
         first = last
 

@@ -75,6 +75,9 @@ def picks(labels: Ints, weights: Floats, key: int) -> Ints:
     and taken about n * weight / (sum of the window's weights) times: that number rounded up or
     down, 0 included. Each class of a window gets its expected share rounded up or down too.
 
+    The copies of a sample in one window are shown alike: crop and augmentation are keyed by
+    (seed, epoch, sample id).
+
     A share can only be kept where the class is: one that is missing from a window gets nothing
     there, and a single sample of a rare class is repeated. Two classes, balanced, in windows of
     1,024: one of 1 % of the samples gets 0.49 of the positions, one of 0.1 % gets 0.38, and one of

@@ -36,6 +36,10 @@ _LOST = {
 }
 
 
+class DoubtfulError(UserError):
+    """A shard that does not fit its index, or a byte that flipped on the way: look again."""
+
+
 class LostChunk(Exception):
     """A chunk that storage no longer has as it was indexed; none of its samples can be read.
 
@@ -85,10 +89,12 @@ def read_chunk(ref: ChunkRef, columns: Mapping[str, str]) -> ChunkColumns:
     Raises:
         LostChunk: it is gone, may not be read, or is not what was indexed.
         StorageError: storage does not answer, or refuses everything.
-        UserError: the shard has no such column.
+        DoubtfulError: the shard has no such column.
     """
     try:
         table = _read_table(ref, list(columns.values()))
+        found = {ours: _column(table, name, ref.uri) for ours, name in columns.items()}
+        images = _views(found.pop("image"))
     except storage.LockedOutError:
         raise
     except tuple(_LOST) as error:
@@ -103,8 +109,7 @@ def read_chunk(ref: ChunkRef, columns: Mapping[str, str]) -> ChunkColumns:
             "changed",
             f"{ref.uri} row group {ref.group} has {table.num_rows} rows, the index says {ref.rows}",
         )
-    found = {ours: _column(table, name, ref.uri) for ours, name in columns.items()}
-    return ChunkColumns(f"{ref.uri}#{ref.group}", found, _views(found.pop("image")))
+    return ChunkColumns(f"{ref.uri}#{ref.group}", found, images)
 
 
 def _read_table(ref: ChunkRef, names: list[str]) -> pa.Table:
@@ -118,8 +123,18 @@ def _read_table(ref: ChunkRef, names: list[str]) -> pa.Table:
             start = column.dictionary_page_offset or column.data_page_offset
             ranges.append((start, start + column.total_compressed_size))
     parts = storage.read_ranges(ref.uri, ranges, etag=ref.etag or None, size=ref.bytes)
-    file = pq.ParquetFile(_Parts(ranges, parts, ref.bytes), metadata=footer, pre_buffer=False)
+    file = pq.ParquetFile(
+        _Parts(ranges, parts, ref.bytes),
+        metadata=footer,
+        pre_buffer=False,
+        page_checksum_verification=True,
+    )
     return file.read_row_group(ref.group, columns=names, use_threads=False)
+
+
+def forget_footers() -> None:
+    """Read footers afresh from now on: one may have been damaged on its way."""
+    _footer.cache_clear()
 
 
 @functools.lru_cache(maxsize=_CACHED_FOOTERS)
@@ -175,7 +190,7 @@ class _Parts(io.RawIOBase):
 def _column(table: pa.Table, name: str, uri: str) -> pa.Array:
     head, *fields = name.split(".")
     if head not in table.column_names:
-        raise UserError(f"{uri} has no column {head!r}; pack the data again.")
+        raise DoubtfulError(f"{uri} has no column {head!r}; pack the data again.")
     # One row group, one array: combining would copy it.
     chunks = table[head].chunks
     column = chunks[0] if len(chunks) == 1 else table[head].combine_chunks()

@@ -14,7 +14,13 @@ import pyarrow.compute as pc
 from orchestrator import storage
 from orchestrator.config import UserError
 from orchestrator.data import balance, plan
-from orchestrator.data.chunk import ChunkColumns, LostChunk, read_chunk
+from orchestrator.data.chunk import (
+    ChunkColumns,
+    DoubtfulError,
+    LostChunk,
+    forget_footers,
+    read_chunk,
+)
 from orchestrator.data.places import ChunkRef
 from orchestrator.data.stream import Ints, Window
 
@@ -93,7 +99,7 @@ class Whole:
     """A chunk that was read."""
 
     found: ChunkColumns
-    ids: list[str] | None
+    ids: list[str]
     labels: list[Any] | None
     changed: frozenset[int]
     """Rows whose image is not the one that was packed."""
@@ -123,33 +129,43 @@ class Layout:
 
         Raises:
             StorageError: storage does not answer, or refuses everything.
-            UserError: a label lies outside the classes.
+            UserError: a label lies outside the classes, or is needed and cannot be read.
         """
         began = time.perf_counter()
-        chunk = self._read(ref)
-        if isinstance(chunk, Lost) or chunk.changed:
+        try:
+            chunk = self._look(ref)
+            is_doubtful = isinstance(chunk, Lost) or bool(chunk.changed)
+        except DoubtfulError:
+            is_doubtful = True
+        if is_doubtful:
             # A byte may have flipped on the way; what lies there is decided by a second look.
-            chunk = self._read(ref)
+            forget_footers()
+            chunk = self._look(ref)
+        if isinstance(chunk, Lost) and self.class_weights is not None:
+            raise UserError(
+                f"{ref.uri} row group {ref.group} cannot be read ({chunk.reason}), but "
+                "data.class_weights needs the labels in it; restore the shard or pack again."
+            )
         return chunk, time.perf_counter() - began
 
-    def _read(self, ref: ChunkRef) -> "Chunk":
+    def _look(self, ref: ChunkRef) -> "Chunk":
+        uri = f"{ref.uri}#{ref.group}"
         try:
             found = read_chunk(ref, self.columns)
+            if self.label_kind == "class":
+                found.columns["label"] = self._classes_of(found)
+            # As lists, at once: a value at a time costs ten times as much.
+            ids, labels = (
+                found.columns[name].to_pylist() if name in found.columns else None
+                for name in ("id", "label")
+            )
         except LostChunk as error:
-            if self.class_weights is not None:
-                raise UserError(
-                    f"{ref.uri} row group {ref.group} cannot be read ({error}), but "
-                    "data.class_weights needs the labels in it; restore the shard or pack again."
-                ) from error
-            return Lost(f"{ref.uri}#{ref.group}", str(error))
-        if self.label_kind == "class":
-            found.columns["label"] = self._classes_of(found)
-        # As lists, at once: a value at a time costs ten times as much.
-        ids, labels = (
-            found.columns[name].to_pylist() if name in found.columns else None
-            for name in ("id", "label")
-        )
-        return Whole(found, ids, labels, found.changed_rows())
+            return Lost(uri, str(error))
+        except UnicodeDecodeError as error:
+            return Lost(uri, f"damaged: an id is not UTF-8 ({error.reason})")
+        # A sample without an id of its own is named by its place.
+        names = [given or f"{uri}#{row}" for row, given in enumerate(ids or [None] * ref.rows)]
+        return Whole(found, names, labels, found.changed_rows())
 
     def _classes_of(self, chunk: ChunkColumns) -> pa.Array:
         labels = chunk.columns["label"]
@@ -158,7 +174,7 @@ class Layout:
         allowed = pc.and_(pc.greater_equal(labels, 0), pc.less(labels, len(self.classes)))
         if not pc.all(pc.fill_null(allowed, False)).as_py():
             row = pc.index(pc.fill_null(allowed, False), False).as_py()
-            raise UserError(
+            raise DoubtfulError(
                 f"{chunk.uri} row {row} has the label {chunk.columns['label'][row].as_py()!r} but "
                 f"the data set has {len(self.classes)} classes; mend the shard and pack again."
             )
@@ -171,16 +187,17 @@ def samples(work: Work, layout: Layout, cost: Callable[[], Cost]) -> Iterator[Sa
     What it waited for is added to the `cost` of the moment.
     """
     coming = collections.deque[tuple[Window, list[_Coming]]]()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for window, refs in zip(work.task.windows, work.chunks, strict=True):
-                coming.append((window, _start(work.task, window, refs, layout, pool)))
-                if len(coming) == WINDOWS_HELD:
-                    yield from _window_samples(work.task, *coming.popleft(), layout, cost)
-            while coming:
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        for window, refs in zip(work.task.windows, work.chunks, strict=True):
+            coming.append((window, _start(work.task, window, refs, layout, pool)))
+            if len(coming) == WINDOWS_HELD:
                 yield from _window_samples(work.task, *coming.popleft(), layout, cost)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # of a task that is given up
+        while coming:
+            yield from _window_samples(work.task, *coming.popleft(), layout, cost)
+    finally:
+        # An error is not kept waiting by reads that nobody wants any more.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 _Coming = Future[tuple[Chunk, float]] | None
@@ -248,7 +265,7 @@ def _sample(chunk: Chunk, row: int, *, position: int, epoch: int) -> Sample:
     return Sample(
         position=position,
         epoch=epoch,
-        id=uri if chunk.ids is None else chunk.ids[row],
+        id=chunk.ids[row],
         label=None if chunk.labels is None else chunk.labels[row],
         image=chunk.found.images[row],
         uri=uri,

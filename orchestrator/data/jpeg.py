@@ -164,10 +164,16 @@ def _without_ink(pixels: Pixels) -> Pixels:
     return ((product + 127) // 255).astype(np.uint8)
 
 
+_START_OF_SCAN = 0xDA
+
+
 def read_orientation(image: Encoded) -> int:
     """Return a JPEG's EXIF orientation (1 where there is none) from the segments in front."""
     at = 2
-    while at + 4 <= len(image) and image[at] == 0xFF and 0xE0 <= image[at + 1] <= 0xEF:
+    while at + 4 <= len(image) and image[at] == 0xFF and image[at + 1] != _START_OF_SCAN:
+        if image[at + 1] == 0xFF:  # a fill byte
+            at += 1
+            continue
         end = at + 2 + int.from_bytes(image[at + 2 : at + 4], "big")
         tiff = at + 4 + len(_EXIF_HEADER)
         if image[at + 1] == 0xE1 and image[at + 4 : tiff] == _EXIF_HEADER:

@@ -46,6 +46,7 @@ _LEAD_TASKS_PER_SLOT = 4
 _PREFETCH_BLOCKS = 1
 # Of one run: training and validation; of a sweep's trials that a process served lately.
 _KEPT_READERS = 8
+_MAX_TASK_RETRIES = 10
 # A reader of training data and one of validation data add up to one CPU; see `Placement.beside`.
 _READER_CPUS = 0.9
 
@@ -165,6 +166,8 @@ def split_segment(feed: Feed, placement: Placement, segment: Segment) -> list[Da
         override_num_blocks=len(works),
         compute=TaskPoolStrategy(size=placement.slots),
         num_cpus=placement.cpus,
+        # Ray Data's own is for ever: what kills a reader each time must end the run, not hang it.
+        ray_remote_args={"max_retries": _MAX_TASK_RETRIES},
         **_nodes_without_gpus(),
     )
     _tune(dataset.context, feed, placement, works)

@@ -173,7 +173,7 @@ def _merge(parts: Sequence[Index], weights: Sequence[Fraction]) -> Index:
         settings={},
         quarantined=sum(part.quarantined for part in parts),
         table="",
-        class_samples=tuple(round(n) for n in counts.tolist()) if counted else (),
+        class_samples=tuple(max(round(n), n > 0) for n in counts.tolist()) if counted else (),
     )
 
 

@@ -6,6 +6,7 @@ from orchestrator.config import Config, UserError
 from orchestrator.data.feeds import training_feed
 from orchestrator.data.fetch import WINDOWS_HELD
 from orchestrator.data.index import Index
+from orchestrator.data.plan import TASK_ROWS
 
 # The rest is for the training workers, page cache and everything else on the nodes.
 _SHARE_OF_MEMORY = 0.5
@@ -23,6 +24,40 @@ class Memory:
     object_store: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Bytes that reading holds."""
+
+    window: float
+    """Of one window of encoded images."""
+    windows: float
+    """Of all windows that read tasks hold, in their nodes' memory."""
+    rounds: float
+    """Of the pixels that read tasks hold beside: a round has a block for every worker."""
+    block: float
+    """Of one block of pixels."""
+    num_blocks: int
+    """Blocks that wait at a time, in the object store."""
+
+    @property
+    def blocks(self) -> float:
+        """Bytes of all blocks that wait at a time."""
+        return self.num_blocks * self.block
+
+
+def held_by_reading(config: Config, index: Index, *, slots: int) -> Reading:
+    """Return what `slots` read tasks at once, and what they hand to the workers, hold."""
+    data, split = config.data, index.splits["train"]
+    window = data.window_chunks * split.bytes / split.chunks
+    batching = training_feed(config, index, num_workers=config.scaling.num_workers).batching
+    micro_batch = -(-data.global_batch // batching.micro_batches)
+    block = batching.block_batches * micro_batch * 3 * data.image_size**2
+    blocks = _BLOCKS_PER_WORKER * config.scaling.num_workers + slots
+    task_pixels = 2 * max(TASK_ROWS, split.samples // split.chunks * data.window_chunks)
+    round_bytes = min(config.scaling.num_workers * block, task_pixels * 3 * data.image_size**2)
+    return Reading(window, slots * WINDOWS_HELD * window, slots * round_bytes, block, blocks)
+
+
 def check_memory(config: Config, index: Index, memory: Memory, *, slots: int) -> None:
     """Refuse windows that do not fit the memory, and blocks that do not fit the object store.
 
@@ -35,24 +70,19 @@ def check_memory(config: Config, index: Index, memory: Memory, *, slots: int) ->
     Raises:
         UserError: with the field and what it needs.
     """
-    data, split = config.data, index.splits["train"]
-    window = data.window_chunks * split.bytes / split.chunks
-    held = slots * WINDOWS_HELD * window
-    if held > _SHARE_OF_MEMORY * memory.total:
+    data, held = config.data, held_by_reading(config, index, slots=slots)
+    if held.windows + held.rounds > _SHARE_OF_MEMORY * memory.total:
         raise UserError(
-            f"data.window_chunks={data.window_chunks}: such a window is {_gigabytes(window)}, and "
-            f"{slots} read tasks hold {WINDOWS_HELD} each, {_gigabytes(held)} of the cluster's "
+            f"data.window_chunks={data.window_chunks}: such a window is {_gigabytes(held.window)}, "
+            f"and {slots} read tasks hold {WINDOWS_HELD} each and a round of pixels, "
+            f"{_gigabytes(held.windows + held.rounds)} of the cluster's "
             f"{_gigabytes(memory.total)}; lower it or data.decode_slots."
         )
-    batching = training_feed(config, index, num_workers=config.scaling.num_workers).batching
-    micro_batch = -(-data.global_batch // batching.micro_batches)
-    block = batching.block_batches * micro_batch * 3 * data.image_size**2
-    blocks = _BLOCKS_PER_WORKER * config.scaling.num_workers + slots
-    if blocks * block > _SHARE_OF_STORE * memory.object_store:
+    if held.blocks > _SHARE_OF_STORE * memory.object_store:
         raise UserError(
             f"data.max_micro_batch={data.max_micro_batch} of {data.image_size} x {data.image_size} "
-            f"pixels makes blocks of {_gigabytes(block)}; the {blocks} that wait at a time need "
-            f"{_gigabytes(blocks * block)} but the object store has "
+            f"pixels makes blocks of {_gigabytes(held.block)}; the {held.num_blocks} that wait at "
+            f"a time need {_gigabytes(held.blocks)} but the object store has "
             f"{_gigabytes(memory.object_store)}; lower it or data.decode_slots, or start Ray with "
             "a larger --object-store-memory."
         )

@@ -184,3 +184,16 @@ def test_the_next_segment_is_opened_before_the_one_in_hand_ends(tmp_path: Path) 
     assert sum(map(len, ids)) == 80
     # Steps 0 to 11; each segment but the first is opened when step stop - 2 is asked for.
     assert opened == [(0, None), (5, 2), (10, 7)]
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 3, 4, 5, 6], [0, 1, 1, 3, 4, 5, 6]])
+def test_a_block_that_lacks_or_doubles_a_position_raises(
+    tmp_path: Path, positions: list[int]
+) -> None:
+    feed = make_feed(tmp_path, num_workers=1)
+    block = split(feed, 0, 1)[0][0]
+    assert block["positions"][0].as_py() == list(range(7))
+    at = block.schema.get_field_index("positions")
+    spoilt = block.set_column(at, block.schema.field(at), pa.array([positions]))
+    with pytest.raises(WrongOrderError, match="missing or doubled"):
+        list(assemble(iter([spoilt]), feed.batching, rank=0, micro=0, costs=Costs()))
