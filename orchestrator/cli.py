@@ -152,9 +152,21 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Show what a run would do and hold, and what `strategy: auto` would take; starts nothing."""
+    config, _ = _config_arguments("plan", argv)
+    if config is None:
+        return 0
+    from orchestrator.plan import describe
+
+    _say(describe(config))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pack": pack,
     "train": train,
+    "plan": plan,
     "tune": tune,
     "evaluate": evaluate,
     "report": report,

@@ -142,6 +142,8 @@ class CheckpointConfig:
     """Commit when this many seconds have passed since the last commit."""
     keep: int = 2
     """Most recent checkpoints kept, besides the best one."""
+    max_age_s: float = 3600.0
+    """Seconds that training goes on while checkpoints cannot be saved; then the run fails."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,9 @@ class TrainConfig:
     max_epochs: int = 90
     """Upper bound on passes over the training data."""
     strategy: Strategy = "auto"
-    """How gradients and states are shared between workers; auto is ddp."""
+    """How gradients and states are shared between workers; auto takes the simplest that fits."""
+    offload_optimizer: bool = False
+    """Keep ZeRO's optimizer states in the nodes' memory in place of the GPUs', and step there."""
     precision: Precision = "auto"
     """Arithmetic of forward and backward; auto takes what this hardware gains from."""
     gradient_clip_norm: float | None = None

@@ -24,6 +24,7 @@ _FREE_TO_CHANGE = (
     "train.early_stopping",
     "train.max_epochs",
     "train.max_failures",
+    "train.offload_optimizer",
     "scaling",
     "tune",
 )

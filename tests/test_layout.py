@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cluster", "progress", "run"),
     ("data",),
     ("train",),
-    ("evaluate",),
+    ("evaluate", "plan"),
     ("plots", "templates"),
     ("tables",),
     ("report",),

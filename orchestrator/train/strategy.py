@@ -11,26 +11,15 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 import torch
 from ray.train.lightning import RayDDPStrategy, RayDeepSpeedStrategy
+from torch import nn
 from torch.optim import Optimizer
 
-from orchestrator.config import Strategy
+from orchestrator.train import memory, shards
 from orchestrator.train.precision import Choice
+from orchestrator.train.tensors import OPTIMIZERS_FILE, read_tensors
+from orchestrator.train.tensors import WEIGHTS_FILE as WEIGHTS_FILE
 
-WEIGHTS_FILE = "weights.pt"
-OPTIMIZERS_FILE = "optimizers.pt"
 LossWeight = Callable[[], float]
-
-
-def choose_strategy(requested: Strategy) -> Choice:
-    """Return ddp or zero1 to zero3; auto is ddp."""
-    if requested != "auto":
-        return Choice(requested, "asked for")
-    return Choice("ddp", "fastest where each worker holds the whole model")
-
-
-def read_tensors(path: Path) -> Any:
-    """Read a file of tensors and primitives; anything that would run code is refused."""
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class ModelStrategy(Protocol):
@@ -39,11 +28,14 @@ class ModelStrategy(Protocol):
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the whole model's weights; all workers call it, rank 0 gets them."""
 
-    def save_shards(self, folder: Path) -> None:
-        """Write this worker's optimizer state (and weights, where sharded) below `folder`."""
+    def optimizer_states(self) -> list[Any] | None:
+        """Return the optimizers' states by reference; None: `save_shards` writes them."""
 
-    def load_shards(self, folder: Path) -> None:
-        """Read back what `save_shards` of the same number of workers wrote."""
+    def save_shards(self, folder: Path) -> None:
+        """Write below `folder` what differs from worker to worker: all workers call it."""
+
+    def load_shards(self, folder: Path, weights: dict[str, Any]) -> None:
+        """Load weights and optimizer states that any number of workers saved."""
 
 
 def _exact(tensor: Any, reduce_op: Any) -> Any:
@@ -57,91 +49,121 @@ def _exact(tensor: Any, reduce_op: Any) -> Any:
     return tensor
 
 
-class DDPStrategy(RayDDPStrategy):  # type: ignore[misc]
-    """Ray's DDP with weighted losses."""
+class _Weighted:
+    """What both strategies change in Lightning's: weighted losses, exact means, a given device."""
 
-    def __init__(self, loss_weight: LossWeight) -> None:
-        super().__init__()
-        self._loss_weight = loss_weight
+    _loss_weight: LossWeight
+    _device: torch.device
+
+    @property
+    def root_device(self) -> torch.device:
+        """This worker's device."""
+        return self._device
+
+    @property
+    def _divided_twice(self) -> int:
+        """What Lightning and the strategy both divide a loss by."""
+        return 1
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Weight the micro-batch's loss, then backpropagate."""
-        weighted = closure_loss * self._loss_weight()
-        loss: torch.Tensor = super().backward(weighted, optimizer, *args, **kwargs)
+        weighted = closure_loss * (self._loss_weight() * self._divided_twice)
+        loss: torch.Tensor = super().backward(  # type: ignore[misc]
+            weighted, optimizer, *args, **kwargs
+        )
         return loss
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> torch.Tensor:
         """Reduce over the workers; means of whole numbers are exact."""
-        reduced: torch.Tensor = super().reduce(_exact(tensor, reduce_op), group, reduce_op)
+        exact = _exact(tensor, reduce_op)
+        reduced: torch.Tensor = super().reduce(exact, group, reduce_op)  # type: ignore[misc]
         return reduced
+
+
+class DDPStrategy(_Weighted, RayDDPStrategy):  # type: ignore[misc]
+    """Ray's DDP with weighted losses."""
+
+    def __init__(self, loss_weight: LossWeight, device: torch.device) -> None:
+        # Gradients are views of what is sent, not a second copy of it: 4 bytes a parameter less.
+        super().__init__(gradient_as_bucket_view=True)
+        self._loss_weight, self._device = loss_weight, device
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the module's state dict: every worker holds it."""
         state: dict[str, torch.Tensor] = self.lightning_module.state_dict()
         return state
 
-    def save_shards(self, folder: Path) -> None:
-        """Write the optimizer states once: every worker's are equal."""
-        if self.global_rank == 0:
-            states = [self.optimizer_state(optimizer) for optimizer in self.optimizers]
-            torch.save(states, folder / OPTIMIZERS_FILE)
+    def optimizer_states(self) -> list[Any] | None:
+        """Return the optimizers' states: every worker's are equal."""
+        return [self.optimizer_state(optimizer) for optimizer in self.optimizers]
 
-    def load_shards(self, folder: Path) -> None:
-        """Read weights and optimizer states on every worker."""
-        self.lightning_module.load_state_dict(read_tensors(folder / WEIGHTS_FILE))
+    def save_shards(self, folder: Path) -> None:
+        """Write nothing: weights and optimizer states are copied and written off the thread."""
+
+    def load_shards(self, folder: Path, weights: dict[str, Any]) -> None:
+        """Load weights and optimizer states on every worker."""
+        self.lightning_module.load_state_dict(weights)
         states = read_tensors(folder / OPTIMIZERS_FILE)
         for optimizer, saved in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(saved)
 
 
-class ZeroStrategy(RayDeepSpeedStrategy):  # type: ignore[misc]
+class ZeroStrategy(_Weighted, RayDeepSpeedStrategy):  # type: ignore[misc]
     """DeepSpeed ZeRO 1, 2 or 3; on GPUs with NCCL, on CPUs with gloo.
 
     Lightning admits DeepSpeed on CUDA only, though DeepSpeed itself runs on CPUs:
-    `setup_environment` leaves that guard out, and `root_device` has the index the engine compares.
+    `setup_environment` leaves that guard out, and the device has the index the engine compares.
     """
 
-    def __init__(self, stage: int, loss_weight: LossWeight, device: torch.device) -> None:
+    def __init__(
+        self, stage: int, loss_weight: LossWeight, device: torch.device, *, offload: bool = False
+    ) -> None:
         self._on_cpu = device.type == "cpu"
+        self._device = torch.device("cpu", 0) if self._on_cpu else device
+        self._loss_weight = loss_weight
         super().__init__(
-            stage=stage, process_group_backend="gloo" if self._on_cpu else None, logging_level=40
+            stage=stage,
+            process_group_backend="gloo" if self._on_cpu else None,
+            logging_level=40,
+            offload_optimizer=offload,
+            pin_memory=offload and not self._on_cpu,
         )
         self.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-        self._loss_weight = loss_weight
+        # The user's optimizer is the one that steps, also on the CPU.
+        self.config["zero_force_ds_cpu_optimizer"] = False
 
     def setup_environment(self) -> None:
         """Set up the accelerator and the process group, on CPUs too."""
         if not self._on_cpu:
             super().setup_environment()
             return
+        _leave_out_shared_memory()
         self.accelerator.setup_device(self.root_device)
         # What DeepSpeedStrategy.setup_distributed does after comparing CUDA device indices.
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
+    def _format_config(self) -> None:
+        super()._format_config()
+        # DeepSpeed's own buffers are made for billions of parameters: 2 of 800 MB each (0.19.8).
+        numels = [p.numel() for p in self.lightning_module.parameters() if p.requires_grad]
+        self.config["zero_optimization"].update(memory.buffer_settings(numels))
+
+    def init_deepspeed(self) -> None:
+        """Wrap the module in DeepSpeed's engine."""
+        super().init_deepspeed()
+        _match_statistics(self.lightning_module)
+
     @property
-    def root_device(self) -> torch.device:
-        """This worker's device; CPUs need an index, because the engine compares it."""
-        return torch.device("cpu", 0) if self._on_cpu else super().root_device
+    def _divided_twice(self) -> int:
+        accumulation: int = self.deepspeed_engine.gradient_accumulation_steps()
+        return accumulation
 
-    def backward(
-        self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """Weight the micro-batch's loss, then let the engine backpropagate.
-
-        Lightning and the engine both divide by the accumulation; one of them is taken back.
-        """
-        accumulation = self.deepspeed_engine.gradient_accumulation_steps()
-        weighted = closure_loss * (self._loss_weight() * accumulation)
-        loss: torch.Tensor = super().backward(weighted, optimizer, *args, **kwargs)
-        return loss
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> torch.Tensor:
-        """Reduce over the workers; means of whole numbers are exact."""
-        reduced: torch.Tensor = super().reduce(_exact(tensor, reduce_op), group, reduce_op)
-        return reduced
+    @property
+    def _zero(self) -> Any:
+        return self.deepspeed_engine.optimizer
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the whole model's weights, gathered from the workers under ZeRO 3."""
@@ -151,33 +173,97 @@ class ZeroStrategy(RayDeepSpeedStrategy):  # type: ignore[misc]
         state: dict[str, torch.Tensor] = self.lightning_module.state_dict()
         return state
 
+    def optimizer_states(self) -> list[Any] | None:
+        """Return None: every worker writes its own."""
+        return None
+
     def save_shards(self, folder: Path) -> None:
-        """Let the engine write every worker's share."""
-        self.deepspeed_engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
+        """Write this worker's master weights and optimizer states."""
+        groups, rank = shards.groups_of(self._zero), self.global_rank
+        shard = shards.pack_shard(groups, rank=rank, world_size=self.world_size)
+        scaler = {
+            k: v for k, v in vars(self._zero.loss_scaler).items() if isinstance(v, float | int)
+        }
+        torch.save({**shard, "scaler": scaler}, folder / shards.shard_name(rank))
 
-    def load_shards(self, folder: Path) -> None:
-        """Let the engine read every worker's share.
-
-        DeepSpeed 0.19 unpickles its own files without restriction: a run folder that others can
-        write to can run code here.
+    def load_shards(self, folder: Path, weights: dict[str, Any]) -> None:
+        """Load what any number of workers saved.
 
         Raises:
-            RuntimeError: the engine found nothing to read.
+            UserError: the shards are missing or of another model.
         """
-        path, _ = self.deepspeed_engine.load_checkpoint(
-            str(folder), tag="zero", load_lr_scheduler_states=False
-        )
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint below {folder}.")
+        zero = self._zero
+        groups = shards.groups_of(zero)
+        options, scaler = shards.load_shards(groups, folder, rank=self.global_rank)
+        for group, saved in zip(zero.optimizer.param_groups, options, strict=True):
+            group.update(saved)
+        vars(zero.loss_scaler).update(scaler)
+        if self.zero_stage_3:
+            _load_whole(self.lightning_module, weights)
+            _spread_partitions(zero)
+        else:
+            self.lightning_module.load_state_dict(weights)
+            zero.update_lp_params()
+
+
+def _match_statistics(module: pl.LightningModule) -> None:
+    """Keep running statistics in the precision of their layer's weights.
+
+    DeepSpeed 0.19 casts weights only, and PyTorch's batch norm refuses bf16 weights with fp32
+    statistics on CPUs ("expected scalar type BFloat16 but found Float").
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine:
+            for buffer in (layer.running_mean, layer.running_var):
+                if buffer is not None:
+                    buffer.data = buffer.data.to(layer.weight.dtype)
+
+
+def _leave_out_shared_memory() -> None:
+    """Keep DeepSpeed from compiling its all-reduce over shared memory, which training never calls.
+
+    It takes a C++ compiler and a minute at the first start, and a worker killed meanwhile leaves a
+    lock behind that the next one waits for.
+    """
+    import deepspeed
+
+    # Found out at the first look otherwise, by trying every one of its ops.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
+
+
+def _load_whole(module: pl.LightningModule, weights: dict[str, Any]) -> None:
+    """Load under ZeRO 3 what no shard holds: buffers and frozen parameters."""
+    import deepspeed
+
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0):
+        for name, tensor in [*frozen.items(), *module.named_buffers()]:
+            if name in weights and tensor.shape == weights[name].shape:
+                tensor.data.copy_(weights[name])
+
+
+def _spread_partitions(zero: Any) -> None:
+    """Let ZeRO 3's parameters follow its master weights, as DeepSpeed does after loading them."""
+    zero.checkpoint_event_prologue()
+    for low, high, parts in zip(
+        zero.fp16_partitioned_groups_flat,
+        zero.fp32_partitioned_groups_flat,
+        zero.fp16_partitioned_groups,
+        strict=True,
+    ):
+        low.data.copy_(high.data)
+        for part, values in zip(parts, zero.unflatten(low, parts), strict=True):
+            part.data = values.data
+    zero.checkpoint_event_epilogue()
 
 
 def build_strategy(
-    choice: Choice, loss_weight: LossWeight, device: torch.device
+    choice: Choice, loss_weight: LossWeight, device: torch.device, *, offload: bool = False
 ) -> DDPStrategy | ZeroStrategy:
     """Return the Lightning strategy of a choice, for workers on devices of this kind."""
     if choice.value == "ddp":
-        return DDPStrategy(loss_weight)
-    return ZeroStrategy(int(choice.value[-1]), loss_weight, device)
+        return DDPStrategy(loss_weight, device)
+    return ZeroStrategy(int(choice.value[-1]), loss_weight, device, offload=offload)
 
 
 def sync_buffers(module: pl.LightningModule) -> None:

@@ -14,7 +14,6 @@ from orchestrator.config import (
     ScalingConfig,
     Strategy,
     TrainConfig,
-    UserError,
 )
 from orchestrator.data.index import Index
 from orchestrator.run import read_events
@@ -58,25 +57,22 @@ def ddp(data: Index, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return fit(config)
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(("strategy", "then"), [("zero1", 2), ("zero2", 1), ("zero3", 1)])
 def test_it_trains_fails_resumes_and_agrees_with_ddp(
-    data: Index, tmp_path: Path, ddp: RunResult, strategy: Strategy
+    data: Index, tmp_path: Path, ddp: RunResult, strategy: Strategy, then: int
 ) -> None:
     config = make_config(data, tmp_path, strategy)
     with pytest.raises(TrainingFailed, match="went to pieces"):
         fit(config)
-    alone = dataclasses.replace(config, scaling=ScalingConfig(num_workers=1))
-    with pytest.raises(UserError, match=r"written by 2 workers.*--scaling\.num_workers 2"):
-        fit(alone)
+    config = dataclasses.replace(config, scaling=ScalingConfig(num_workers=then))
     result = fit(config)
-    starts = [event["step"] for event in read_events(result.run) if event["event"] == "training"]
-    assert starts == [0, 6]
+    starts = [event for event in read_events(result.run) if event["event"] == "training"]
+    assert [(start["step"], start["workers"]) for start in starts] == [(0, 2), (6, then)]
     assert result.result["steps"] == 12
     manifest = checkpoint.list_manifests(result.run)[-1]
     assert manifest.strategy == strategy
-    names = {record.name for record in manifest.files}
-    assert sum("zero_pp_rank" in name and "optim" in name for name in names) == 2
+    assert sum(record.name.startswith("zero-rank-") for record in manifest.files) == then
     for which in ("best", "final"):
         ours, theirs = result.result[which], ddp.result[which]
-        # The bound is 5 %; the same arithmetic in fp32 agrees far better.
-        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
+        # The same fp32 numbers added in another order, over 12 steps of plain SGD at lr 0.5.
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)

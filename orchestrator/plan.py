@@ -1,0 +1,129 @@
+"""Driver side: what a run would do and hold, from its config alone; nothing is started."""
+
+import dataclasses
+import os
+
+from orchestrator.config import Config
+from orchestrator.data.feeds import training_feed
+from orchestrator.data.index import Index
+from orchestrator.data.source import Placement
+from orchestrator.train import choose, preflight
+from orchestrator.train.capacity import held_by_reading
+from orchestrator.train.memory import in_words
+from orchestrator.train.size import Measured, Unmeasured, measure
+
+WORLD_SIZES = (1, 2, 4, 8, 16)
+
+
+def describe(config: Config) -> str:
+    """Return a page of Markdown: memory by strategy, steps by number of workers, reading.
+
+    Raises:
+        UserError: the config cannot work, as `orchestrator train` would say.
+    """
+    preflight.check_config(config)
+    index = preflight.check_data(config)
+    preflight.check_model(config, index)
+    choose.check_hardware(config)
+    num_classes = len(index.classes)
+    choice = choose.choose_strategy(config, num_classes=num_classes)
+    measured: Measured | None = None
+    try:
+        measured = measure(config.model, num_classes=num_classes)
+        memory = _memory(config, measured, choice.value)
+    except Unmeasured as error:
+        memory = [f"Its memory is not known beforehand: {error}."]
+    return "\n".join(
+        [
+            *(f"# {config.name}", "", _steps(config, index), ""),
+            *(*memory, f"Strategy {choice}.", ""),
+            *(*_worlds(config, index, measured), "", _reading(config, index)),
+        ]
+    )
+
+
+def _steps(config: Config, index: Index) -> str:
+    samples, batch = index.splits["train"].samples, config.data.global_batch
+    steps = -(-samples * config.train.max_epochs // batch)
+    return (
+        f"{samples:,} training images in steps of {batch:,} samples at any number of workers: "
+        f"{samples / batch:,.1f} steps an epoch, {steps:,} in {config.train.max_epochs} epochs."
+    )
+
+
+def _memory(config: Config, measured: Measured, strategy: str) -> list[str]:
+    size, found = measured.size, choose.device_memory(config.scaling)
+    rows = []
+    for name, need in choose.needs_of(config, measured).items():
+        parts = (need.parameters, need.gradients, need.optimizer, need.work, need.total)
+        fits = "?" if found is None else "yes" if need.total <= found.for_states else "no"
+        if need.host:
+            fits += f", {in_words(need.host)} on the node"
+        rows.append((name, *(in_words(part) for part in parts), fits))
+    limit = "fits" if found is None else f"fits {in_words(found.for_states)}"
+    columns = ("strategy", "weights", "gradients", "optimizer", "buffers", "a worker", limit)
+    return [
+        f"{config.model.class_path.rpartition('.')[2]}: {size.parameters:,} parameters, of which "
+        f"{size.optimizer} trains {size.trainable:,}, on {config.scaling.num_workers} workers "
+        "(activations come on top):",
+        "",
+        *_table(columns, rows),
+        "",
+        _checkpoint(config, measured, strategy),
+    ]
+
+
+def _checkpoint(config: Config, measured: Measured, strategy: str) -> str:
+    # All workers' shares together are what one worker alone would hold.
+    name = "ddp" if strategy == "ddp" else "zero1"
+    need = choose.needs_of(config, measured, num_workers=1)[name]
+    states = need.optimizer or need.host
+    return (
+        f"A checkpoint takes {in_words(need.parameters + states)}: {in_words(need.parameters)} of "
+        f"weights, {in_words(states)} of optimizer states; the last "
+        f"{config.train.checkpoint.keep} and the best one are kept."
+    )
+
+
+def _worlds(config: Config, index: Index, measured: Measured | None) -> list[str]:
+    own, rows = config.scaling.num_workers, []
+    for workers in sorted({*WORLD_SIZES, own}):
+        if workers > config.data.global_batch:
+            break
+        scaling = dataclasses.replace(config.scaling, num_workers=workers)
+        there = dataclasses.replace(config, scaling=scaling)
+        batching = training_feed(there, index, num_workers=workers).batching
+        row = [f"{workers} (this run)" if workers == own else str(workers)]
+        row += [str(-(-config.data.global_batch // batching.micro_batches))]
+        row += [str(batching.accumulation)]
+        if measured is not None:
+            taken = choose.simplest(there, measured).value
+            row += [taken, in_words(choose.needs_of(there, measured)[taken].total)]
+        rows.append(tuple(row))
+    columns = ("workers", "micro-batch", "accumulation", "auto takes", "a worker")
+    return _table(columns[: len(rows[0])], rows)
+
+
+def _reading(config: Config, index: Index) -> str:
+    scaling = config.scaling
+    placement = Placement.choose(
+        requested=config.data.decode_slots,
+        cluster_cpus=os.cpu_count() or 1,
+        worker_cpus=scaling.num_workers * scaling.cpus_per_worker,
+    )
+    held = held_by_reading(config, index, slots=placement.slots)
+    return (
+        f"{placement.slots} read tasks at once ({placement.reason}) hold "
+        f"{in_words(held.windows)} of encoded images, in windows of {in_words(held.window)}, and "
+        f"{in_words(held.blocks)} of pixels in the object store."
+    )
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Return a Markdown table whose columns line up in a terminal too."""
+    widths = [max(len(cell) for cell in cells) for cells in zip(columns, *rows, strict=True)]
+    lines = [columns, tuple("-" * width for width in widths), *rows]
+    return [
+        f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |"
+        for line in lines
+    ]

@@ -1,0 +1,44 @@
+"""`orchestrator plan`: a page about a run that is not started."""
+
+from pathlib import Path
+
+import pytest
+import ray
+from packed import write_packed
+
+from orchestrator import cli
+
+
+def test_it_shows_memory_steps_and_the_choice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = write_packed(tmp_path / "data", train=75, val=12)
+    (tmp_path / "run.yaml").write_text(
+        f"name: planned\nstorage_path: {tmp_path / 'runs'}\n"
+        f"data: {{index: {index.uri}, global_batch: 16, max_micro_batch: 4, image_size: 8}}\n"
+        "train: {max_epochs: 2, strategy: auto}\nscaling: {num_workers: 2}\n"
+    )
+    assert cli.main(["plan", "--config", str(tmp_path / "run.yaml")]) == 0
+    page = capsys.readouterr().out
+    assert "75 training images in steps of 16 samples" in page
+    assert "4.7 steps an epoch, 10 in 2 epochs" in page
+    for row in ("| ddp ", "| zero1 ", "| zero2 ", "| zero3 ", "| 2 (this run) | 4 ", "| 16 "):
+        assert row in page
+    assert "Strategy ddp: ddp takes" in page
+    assert "A checkpoint takes 3.7 MB: 1.2 MB of weights, 2.5 MB of optimizer states" in page
+    assert "of pixels in the object store" in page
+    assert len(page.splitlines()) <= 40
+    assert not ray.is_initialized()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = write_packed(tmp_path / "data", train=75, val=12)
+    flags = ["--name", "x", "--data.index", index.uri, "--data.global_batch", "16"]
+    offload = ["--train.strategy", "zero2", "--train.offload_optimizer", "true"]
+    assert cli.main(["plan", *flags, *offload]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: train.offload_optimizer=true moves optimizer states")
+    assert said.count("\n") == 1
