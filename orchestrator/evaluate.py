@@ -24,7 +24,7 @@ from orchestrator.data.sources import read_data, verify_data
 from orchestrator.run import EVALUATION_FILE, read_config
 from orchestrator.train import checkpoint, model, preflight
 from orchestrator.train.precision import lightning_precision
-from orchestrator.train.strategy import WEIGHTS_FILE, read_tensors
+from orchestrator.train.tensors import read_weights
 
 Which = Literal["best", "last"]
 
@@ -120,7 +120,7 @@ def _evaluate_on_worker(job: _Job) -> dict[str, Any]:
     module = model.build(job.config.model, num_classes=len(index.classes))
     with tempfile.TemporaryDirectory(prefix="orchestrator-evaluate-") as folder:
         checkpoint.fetch(job.run, job.manifest, Path(folder))
-        module.load_state_dict(read_tensors(Path(folder) / WEIGHTS_FILE))
+        module.load_state_dict(read_weights(Path(folder)))
     module.to(device, memory_format=torch.channels_last).eval()
     loader = _loader(job, index, device)
     return {

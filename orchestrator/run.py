@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -32,8 +33,14 @@ def open_run(config: Config) -> str:
     """
     check_same_run(config)
     run = run_uri(config)
-    storage.write_atomic(storage.join(run, CONFIG_FILE), configfile.dump(config).encode())
+    text = configfile.dump(config)
+    storage.write_atomic(storage.join(run, CONFIG_FILE), f"{text}{_seal(text)}".encode())
     return run
+
+
+def _seal(text: str) -> str:
+    """Return the last line of a config file, which a torn or altered one lacks."""
+    return f"# sha256 of the lines above: {hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def check_same_run(config: Config) -> None:
@@ -60,11 +67,17 @@ def read_config(run: str) -> Config:
     """Read the config a run was started with.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or its config is torn.
     """
     location = storage.join(run, CONFIG_FILE)
     if not storage.exists(location):
         raise UserError(f"{run} holds no {CONFIG_FILE}, so it is no run; check --run.")
+    lines = storage.read_bytes(location).decode(errors="replace").splitlines(keepends=True)
+    if lines[-1:] != [_seal("".join(lines[:-1]))]:
+        raise UserError(
+            f"{location} is damaged: its last line is not the checksum of the others; restore it, "
+            "or delete it to go on with the config that you submit."
+        )
     return configfile.load(location)
 
 
@@ -92,7 +105,7 @@ def read_events(run: str) -> list[dict[str, Any]]:
     if not storage.exists(location):
         return []
     events = []
-    for line in storage.read_bytes(location).decode().split("\n")[:-1]:
+    for line in storage.read_bytes(location).decode(errors="replace").split("\n")[:-1]:
         with contextlib.suppress(json.JSONDecodeError):
             events.append(json.loads(line))
     return events

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import ray.train
-import torch
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
@@ -20,20 +18,27 @@ from orchestrator.overrides import config_digest
 from orchestrator.progress import Progress
 from orchestrator.run import append_event
 from orchestrator.train import checkpoint, state
-from orchestrator.train.journal import Consumed, Metrics, Quarantine, RunFacts, upload_logs
+from orchestrator.train.commit import Committer
+from orchestrator.train.journal import Consumed, Metrics, RunFacts
 from orchestrator.train.pace import Pace, Schedule
 from orchestrator.train.place import Place
+from orchestrator.train.saver import open_books
 from orchestrator.train.strategy import sync_buffers
-from orchestrator.train.tally import Tally, TooManyBadImages
+from orchestrator.train.tally import Tally, TooManyBadImages, gather
 
 _LOG_EVERY_STEPS = 5
 _POST_EVERY_S = 0.5
 # A chunk of some MB takes a fraction of a second; one that takes this long is named.
 _SLOW_READ_S = 10.0
+# How long a save that is under way may hold up the end of a run, and that of a failing one.
+_CLOSE_S, _CLOSE_FAILED_S = 600.0, 5.0
 
 
-class Recorder(pl.Callback):
+class Recorder(pl.callbacks.Checkpoint):
     """Counts steps by what the loader delivered, commits checkpoints, reports to Ray and the board.
+
+    Lightning calls callbacks of this class last: a commit holds what the others (averaged weights,
+    early stopping) made of the step.
 
     Args:
         facts: what the run is.
@@ -62,19 +67,37 @@ class Recorder(pl.Callback):
         self._place = Place(loader.batching, facts.samples_per_epoch)
         self._tally = Tally(max_bad_fraction=self._config.data.max_bad_fraction)
         self._posted = 0.0
-        self._readable = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state: model and optimizers exist and sit on their device by now."""
         rank = trainer.global_rank
         self._consumed = Consumed(rank, self._facts.samples_per_epoch, self._config.data.audit)
-        if self._resumed is not None:
-            state.restore_state(trainer, self._resumed[1])
-            shutil.rmtree(self._resumed[1])
+        manifest, folder = self._resumed or (None, None)
+        if folder is not None:
+            state.restore_state(trainer, folder)
         state.set_progress(trainer, step=self.step, epoch=self._epoch)
-        if rank == 0:
-            self._metrics = Metrics(self._facts.run, step=self.step)
-            self._quarantine = Quarantine(self._facts.run)
+        self._metrics = Metrics(folder)
+        self._committer = Committer(
+            self._facts.run,
+            rank=rank,
+            gather=lambda mine: gather(trainer, mine),
+            settings=self._config.train.checkpoint,
+            books=open_books(self._facts, trainer, self._metrics, folder) if rank == 0 else None,
+            totals=manifest.stats if manifest else {},
+        )
+        if folder is not None:
+            shutil.rmtree(folder)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let a save that is nearly done be done."""
+        if hasattr(self, "_committer"):
+            self._committer.close(_CLOSE_FAILED_S)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finish what is still written: the last save is committed by now."""
+        self._committer.close(_CLOSE_S)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clocks: what came before is start-up."""
@@ -129,7 +152,7 @@ class Recorder(pl.Callback):
             self._log_loss(trainer)
         self._post(trainer, "training")
         if not self._place.ends_epoch(self.step) and self._commit_due(trainer):
-            self._commit(trainer, metrics={}, done="")
+            self._commit(trainer, metrics={}, done="", must=False)
 
     def _log_loss(self, trainer: pl.Trainer) -> None:
         problem = self._tally.reduce(trainer)
@@ -139,31 +162,21 @@ class Recorder(pl.Callback):
             self._metrics.add(values, step=self.step, epoch=self._epoch, samples=self._position)
             self._say_slow_reads()
         if problem is not None:
-            self._note_bad(self._gather(trainer, self._consumed.bad))
+            gathered = gather(trainer, self._consumed.bad)
+            if trainer.global_rank == 0:
+                self._committer.quarantine([row for bad in gathered for row in bad])
             raise TooManyBadImages(problem)
 
     def _say_slow_reads(self) -> None:
         slow = self._loader.costs.take_slow(_SLOW_READ_S)
         if slow is not None:
-            append_event(self._facts.run, "slow_read", uri=slow.uri, seconds=round(slow.seconds, 1))
-
-    def _gather(self, trainer: pl.Trainer, mine: Any) -> list[Any]:
-        gathered: list[Any] = [mine]
-        if trainer.world_size > 1:
-            gathered = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, mine)
-        return gathered
+            self._committer.tell("slow_read", uri=slow.uri, seconds=round(slow.seconds, 1))
 
     @property
     def _reading(self) -> dict[str, float]:
         before = self._resumed[0].stats if self._resumed else {}
         now = dataclasses.asdict(self._loader.costs)
         return {name: before.get(name, 0) + value for name, value in now.items()}
-
-    def _note_bad(self, gathered: list[list[dict[str, Any]]]) -> None:
-        if ray.train.get_context().get_world_rank() == 0:
-            for row in self._quarantine.add([row for bad in gathered for row in bad]):
-                append_event(self._facts.run, "quarantined", **row)
 
     def _commit_due(self, trainer: pl.Trainer) -> bool:
         """Return the same answer on every worker: rank 0's clock decides, at agreed steps."""
@@ -208,7 +221,7 @@ class Recorder(pl.Callback):
             if name != "train_loss"
         }
         done = self._done(trainer)
-        self._commit(trainer, metrics=metrics, done=done)
+        self._commit(trainer, metrics=metrics, done=done, must=True)
         at = {"epoch": self._epoch, "step": self.step, "samples_seen": self._position}
         ray.train.report({**metrics, **at, "done": done})
         if trainer.global_rank == 0:
@@ -224,34 +237,28 @@ class Recorder(pl.Callback):
             return "converged"
         return "max_epochs" if self.step >= self._loader.batching.num_steps else ""
 
-    def _commit(self, trainer: pl.Trainer, *, metrics: dict[str, float], done: str) -> None:
+    def _commit(
+        self, trainer: pl.Trainer, *, metrics: dict[str, float], done: str, must: bool
+    ) -> None:
         self._pace.stop()
         self._post(trainer, "saving", now=True)
-        run, uri = self._facts.run, checkpoint.checkpoint_uri(self._facts.run, self.step)
-        self._consumed.write(run, step=self.step)
-        with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
-            state.save_state(trainer, Path(folder))
-            if not self._readable:
-                state.check_readable(Path(folder))
-                self._readable = True
-            mine = checkpoint.store_files(Path(folder), uri), self._consumed.bad
-        gathered = self._gather(trainer, mine)
-        self._consumed.bad = []
-        if trainer.global_rank == 0:
-            self._commit_rank_0(trainer, gathered, metrics, done)
-        trainer.strategy.barrier("committed")
+        at = {"step": self.step, "epoch": self._epoch, "samples": self._position}
+        self._metrics.add(metrics, **at)
+        self._committer.save(
+            self._point(trainer, metrics, done),
+            capture=lambda folder: state.capture_state(trainer, folder),
+            consumed=self._consumed,
+            must=must,
+            last=bool(done),
+        )
         self._schedule.restart(self.step)
         self._pace.start()
 
-    def _commit_rank_0(
-        self, trainer: pl.Trainer, gathered: list[Any], metrics: dict[str, float], done: str
-    ) -> None:
+    def _point(
+        self, trainer: pl.Trainer, metrics: dict[str, float], done: str
+    ) -> checkpoint.Manifest:
         facts = self._facts
-        at = {"step": self.step, "epoch": self._epoch, "samples": self._position}
-        self._note_bad([bad for _, bad in gathered])
-        self._metrics.add(metrics, **at)
-        self._metrics.write()
-        manifest = checkpoint.Manifest(
+        return checkpoint.Manifest(
             step=self.step,
             position=self._position,
             epoch=self._epoch,
@@ -262,14 +269,9 @@ class Recorder(pl.Callback):
             precision=facts.precision,
             config_digest=config_digest(facts.config),
             index_digest=facts.index_digest,
-            stats={**self._pace.totals, **self._reading, "bad": len(self._quarantine)},
-            files=tuple(record for records, _ in gathered for record in records),
+            stats={**self._pace.totals, **self._reading},
+            files=(),
         )
-        upload_logs(facts.run, trainer.logger)
-        checkpoint.commit(facts.run, manifest)
-        monitor, mode = checkpoint.monitored(facts.config.train.early_stopping)
-        best = checkpoint.best_of(checkpoint.list_manifests(facts.run), monitor=monitor, mode=mode)
-        checkpoint.prune(facts.run, keep=facts.config.train.checkpoint.keep, best=best)
 
     def _post(self, trainer: pl.Trainer, phase: str, *, now: bool = False) -> None:
         moment = time.perf_counter()

@@ -1,8 +1,8 @@
 """When a checkpoint counts: written file by file, committed by a manifest written last. No Ray.
 
-`checkpoints/step-<n>/` counts if its `MANIFEST.json` exists; every file in it is listed there with
-size and SHA-256. Which one is latest and which is best is read off the manifests, so that no
-pointer can be torn.
+`checkpoints/step-<n>/` counts if its `MANIFEST.json` exists and matches its own checksum; every
+file of it is listed there with size and SHA-256. Which one is latest and which is best is read off
+the manifests, so that no pointer can be torn.
 """
 
 import dataclasses
@@ -10,14 +10,17 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator import storage
 from orchestrator.config import EarlyStoppingConfig, UserError
+from orchestrator.run import METRICS_FILE, QUARANTINE_FILE
 
 MANIFEST_FILE = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
+_PARTIAL = (f".{METRICS_FILE}.", f".{QUARANTINE_FILE}.")
 
 
 class CheckpointError(UserError):
@@ -53,7 +56,7 @@ class Manifest:
     config_digest: str
     index_digest: str
     stats: dict[str, float]
-    """Totals since the run's first step: train_s, wait_s (seconds), bad (images)."""
+    """Totals since the run's first step: train_s, wait_s (seconds), bad (images), and so on."""
     files: tuple[FileRecord, ...]
 
 
@@ -79,38 +82,92 @@ def _sha256(path: Path) -> str:
 
 def commit(run: str, manifest: Manifest) -> None:
     """Make a checkpoint count: all its files are stored by now."""
-    content = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1)
+    fields = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    content = json.dumps({**fields, "sha256": _digest(fields)}, indent=1)
     location = storage.join(checkpoint_uri(run, manifest.step), MANIFEST_FILE)
     storage.write_atomic(location, content.encode())
 
 
-def list_manifests(run: str) -> list[Manifest]:
-    """Return the manifests of all committed checkpoints, oldest first."""
-    folder = storage.join(run, "checkpoints")
-    manifests = []
-    for entry in storage.list_folder(folder):
-        location = storage.join(folder, entry.name, MANIFEST_FILE)
-        if entry.is_folder and storage.exists(location):
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the checkpoints folder of a run holds."""
+
+    manifests: tuple[Manifest, ...]
+    """Of the committed checkpoints, oldest first."""
+    problems: tuple[str, ...]
+    """A sentence for each manifest that is damaged."""
+
+
+def survey(run: str) -> Found:
+    """Read all manifests of a run.
+
+    Raises:
+        CheckpointError: one was written by another version, or there are only damaged ones:
+            nothing ever starts from scratch where there was a checkpoint.
+    """
+    manifests, problems = [], []
+    for uri in _step_folders(run):
+        location = storage.join(uri, MANIFEST_FILE)
+        try:
             manifests.append(_parse(location, storage.read_bytes(location)))
-    return sorted(manifests, key=lambda manifest: manifest.step)
+        except storage.MissingError:
+            continue  # never committed, or pruned a moment ago
+        except _DamagedError as error:
+            problems.append(str(error))
+    if problems and not manifests:
+        raise CheckpointError(
+            f"no checkpoint of {run} is whole ({problems[0]}); restore one, or take another --name."
+        )
+    return Found(tuple(manifests), tuple(problems))
+
+
+def list_manifests(run: str) -> list[Manifest]:
+    """Return the manifests of all committed checkpoints, oldest first; damaged ones are left out.
+
+    Raises:
+        CheckpointError: as `survey` does.
+    """
+    return list(survey(run).manifests)
+
+
+def _step_folders(run: str) -> list[str]:
+    """Return the URIs of all checkpoints' folders by step, committed or not."""
+    folder = storage.join(run, "checkpoints")
+    steps = [_step_of(entry.name) for entry in storage.list_folder(folder) if entry.is_folder]
+    return [checkpoint_uri(run, step) for step in sorted(s for s in steps if s is not None)]
+
+
+def _step_of(name: str) -> int | None:
+    number = name.rsplit("/", 1)[-1].removeprefix("step-")
+    return int(number) if number.isdecimal() else None
+
+
+class _DamagedError(CheckpointError):
+    """A manifest that is torn or was altered."""
 
 
 def _parse(location: str, content: bytes) -> Manifest:
     try:
         fields = json.loads(content)
-        if fields.pop("format") != FORMAT:
+        whole = fields.pop("sha256", None) == _digest(fields)
+        if fields["format"] != FORMAT and (whole or fields["format"] == 1):
             raise CheckpointError(
-                f"{location} has another format than {FORMAT}; use the version "
-                "of orchestrator that wrote it."
+                f"{location} has format {fields['format']}, not {FORMAT}; use the version of "
+                "orchestrator that wrote it, or another --name."
             )
+        if not whole:
+            raise ValueError("it does not have its own checksum")
+        del fields["format"]
         files = tuple(FileRecord(**record) for record in fields.pop("files"))
         return Manifest(files=files, **fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"{location} is damaged ({error!r}); delete its folder to go on from the one before."
-        ) from error
+        raise _DamagedError(f"{location} is damaged: {error}") from error
 
 
 def best_of(manifests: Iterable[Manifest], *, monitor: str, mode: str) -> Manifest | None:
@@ -127,12 +184,19 @@ def monitored(stopping: EarlyStoppingConfig | None) -> tuple[str, str]:
 
 
 def prune(run: str, *, keep: int, best: Manifest | None) -> None:
-    """Delete all but the `keep` latest checkpoints and the best one."""
+    """Delete what is older than the latest checkpoint, but the `keep` latest and the best one.
+
+    What was never committed, or whose manifest is damaged, goes too; a save that is under way has a
+    later step.
+    """
     manifests = list_manifests(run)
+    if not manifests:
+        return
     kept = {manifest.step for manifest in manifests[-keep:]} | ({best.step} if best else set())
-    for manifest in manifests:
-        if manifest.step not in kept:
-            delete(run, manifest.step)
+    for uri in _step_folders(run):
+        step = _step_of(uri)
+        if step is not None and step < manifests[-1].step and step not in kept:
+            delete(run, step)
 
 
 def delete(run: str, step: int) -> None:
@@ -144,18 +208,18 @@ def delete(run: str, step: int) -> None:
 
 def rewind(run: str, step: int) -> None:
     """Delete what lies beyond `step` (a kill or damage left it) and what was never committed."""
-    for subfolder in ("checkpoints", "samples"):
-        folder = storage.join(run, subfolder)
-        for entry in list(storage.list_folder(folder)):
-            location = storage.join(folder, entry.name)
-            committed = subfolder == "samples" or storage.exists(
-                storage.join(location, MANIFEST_FILE)
-            )
-            number = entry.name.removeprefix("step-")
-            if not number.isdecimal():
-                continue  # not ours
-            if int(number) > step or not committed:
-                storage.delete_folder(location)
+    for uri in _step_folders(run):
+        beyond = (_step_of(uri) or 0) > step
+        if beyond or not storage.exists(storage.join(uri, MANIFEST_FILE)):
+            storage.delete_folder(uri)
+    samples = storage.join(run, "samples")
+    for entry in list(storage.list_folder(samples)):
+        if (_step_of(entry.name) or 0) > step:
+            storage.delete_folder(storage.join(samples, entry.name))
+    for entry in list(storage.list_folder(run)):
+        # What was being written here when its process was killed; buckets show no such thing.
+        if entry.name.startswith(_PARTIAL) and entry.name.endswith(".tmp"):
+            storage.delete_file(storage.join(run, entry.name))
 
 
 def fetch(run: str, manifest: Manifest, target: Path) -> None:
@@ -175,7 +239,9 @@ def fetch(run: str, manifest: Manifest, target: Path) -> None:
             raise CheckpointError(f"{location} does not have the checksum of its manifest.")
 
 
-def fetch_newest(run: str, manifests: list[Manifest], target: Path) -> tuple[Manifest, list[str]]:
+def fetch_newest(
+    run: str, manifests: Sequence[Manifest], target: Path
+) -> tuple[Manifest, list[str]]:
     """Fetch the newest undamaged checkpoint; return it and what was wrong with newer ones.
 
     Raises:

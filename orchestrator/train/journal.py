@@ -49,51 +49,78 @@ class RunFacts:
     """Handle of the progress board actor."""
 
 
-def _write(uri: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def _encode(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
-    storage.write_atomic(uri, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _read(uri: str) -> list[dict[str, Any]]:
-    if not storage.exists(uri):
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
         return []
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return rows
 
 
 class Metrics:
-    """The run's `metrics.parquet`, kept in memory by rank 0 and written at each commit."""
+    """Every logged value of the run so far, kept by rank 0; each checkpoint holds a copy.
 
-    def __init__(self, run: str, *, step: int) -> None:
-        self._uri = storage.join(run, METRICS_FILE)
-        self._rows = [row for row in _read(self._uri) if row["step"] <= step]
+    Args:
+        resumed: the files of the checkpoint that the run goes on from, or None.
+    """
+
+    def __init__(self, resumed: Path | None) -> None:
+        self._rows = _read(resumed / METRICS_FILE) if resumed else []
 
     def add(self, values: dict[str, float], *, step: int, epoch: int, samples: int) -> None:
         """Note values that hold after `step` steps."""
         at = {"step": step, "epoch": epoch, "samples": samples, "time": time.time()}
         self._rows += [{**at, "name": name, "value": value} for name, value in values.items()]
 
-    def write(self) -> None:
-        """Write all rows."""
-        _write(self._uri, self._rows, METRICS_SCHEMA)
+    def frozen(self) -> "Metrics":
+        """Return what is noted by now; later values do not reach it."""
+        copied = Metrics(None)
+        copied._rows = list(self._rows)
+        return copied
+
+    def encode(self) -> bytes:
+        """Return the content of `metrics.parquet`."""
+        return _encode(self._rows, METRICS_SCHEMA)
+
+
+@dataclasses.dataclass
+class Part:
+    """The samples that one worker consumed in the steps before one save."""
+
+    rank: int
+    step: int
+    rows: list[dict[str, Any]]
+    written: bool = False
+
+    def write(self, run: str) -> None:
+        """Write them, under a name that a second try writes over."""
+        folder = storage.join(run, "samples", f"step-{self.step:08d}")
+        content = _encode(self.rows, _SAMPLES_SCHEMA)
+        storage.write_atomic(storage.join(folder, f"rank-{self.rank:05d}.parquet"), content)
+        self.written = True
 
 
 @dataclasses.dataclass
 class Consumed:
-    """What this worker consumed since the last commit."""
+    """What this worker consumed that no committed checkpoint covers yet."""
 
     rank: int
     samples_per_epoch: int
     audit: bool
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     bad: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    _rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    _parts: list[Part] = dataclasses.field(default_factory=list)
 
     def add(self, batch: MicroBatch, *, step: int) -> None:
         """Note a micro-batch of the step that ends as number `step`."""
         self.bad += batch.bad
         if self.audit:
-            self.rows += [
+            self._rows += [
                 {
                     "epoch": position // self.samples_per_epoch,
                     "step": step,
@@ -103,32 +130,39 @@ class Consumed:
                 for position, i in zip(batch.positions, batch.ids, strict=True)
             ]
 
-    def write(self, run: str, *, step: int) -> None:
-        """Write the consumed samples as part of the commit of `step`, and start anew."""
-        if self.audit:
-            name = f"rank-{self.rank:05d}.parquet"
-            uri = storage.join(run, "samples", f"step-{step:08d}", name)
-            _write(uri, self.rows, _SAMPLES_SCHEMA)
-        self.rows = []
+    def cut(self, step: int) -> list[Part]:
+        """Return what a save after `step` steps must write: also what an earlier one failed to."""
+        self._parts = [part for part in self._parts if not part.written]
+        if self._rows:
+            self._parts.append(Part(self.rank, step, self._rows))
+            self._rows = []
+        return list(self._parts)
 
 
 class Quarantine:
-    """The run's `quarantine.parquet`: each bad image once, kept by rank 0."""
+    """The run's bad images, each once, kept by rank 0; each checkpoint holds a copy.
 
-    def __init__(self, run: str) -> None:
-        self._uri = storage.join(run, QUARANTINE_FILE)
-        self._rows = {row["id"]: row for row in _read(self._uri)}
+    Args:
+        resumed: the files of the checkpoint that the run goes on from, or None.
+    """
+
+    def __init__(self, resumed: Path | None) -> None:
+        rows = _read(resumed / QUARANTINE_FILE) if resumed else []
+        # By place: two data sets of a mix may use one id for different images.
+        self._rows = {row["uri"]: row for row in rows}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def add(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Note bad images and write the table if any is new; return the new ones."""
-        new = list({row["id"]: row for row in rows if row["id"] not in self._rows}.values())
-        self._rows |= {row["id"]: row for row in new}
-        if new:
-            _write(self._uri, list(self._rows.values()), _QUARANTINE_SCHEMA)
+        """Note bad images; return the new ones."""
+        new = list({row["uri"]: row for row in rows if row["uri"] not in self._rows}.values())
+        self._rows |= {row["uri"]: row for row in new}
         return new
+
+    def encode(self) -> bytes:
+        """Return the content of `quarantine.parquet`."""
+        return _encode(list(self._rows.values()), _QUARANTINE_SCHEMA)
 
 
 def upload_logs(run: str, logger: Logger | None) -> None:

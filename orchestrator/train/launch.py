@@ -28,11 +28,10 @@ from orchestrator.run import (
     run_uri,
     write_result,
 )
-from orchestrator.train import checkpoint, preflight
+from orchestrator.train import checkpoint, choose, preflight
 from orchestrator.train.capacity import Memory, check_memory
 from orchestrator.train.mistakes import StopAtMistakes
 from orchestrator.train.precision import Choice
-from orchestrator.train.strategy import choose_strategy
 from orchestrator.train.worker import Job, train_worker
 
 ERROR_FILE = "error.txt"
@@ -73,10 +72,10 @@ def check(config: Config) -> Choice:
     preflight.check_config(config)
     index = preflight.check_data(config)
     preflight.check_model(config, index)
-    strategy = choose_strategy(config.train.strategy)
+    choose.check_hardware(config)
     check_same_run(config)
-    preflight.check_checkpoints(config, index, run_uri(config), strategy)
-    return strategy
+    resumed = preflight.check_checkpoints(config, index, run_uri(config))
+    return choose.choose_strategy(config, num_classes=len(index.classes), resumed=resumed)
 
 
 def fit(
@@ -105,7 +104,7 @@ def fit(
     strategy = check(config)
     run = run_uri(config)
     if preflight.is_finished(config, run):
-        return RunResult(run, read_result(run) or _write_result(run, config, wall_s=0.0))
+        return RunResult(run, _result_of(run, config))
     cluster.connect(verbose=verbose)
     resources = preflight.cluster_resources()
     preflight.check_resources(config, resources, may_grow=cluster.may_grow())
@@ -212,6 +211,14 @@ def _explained(run: str) -> Any:
             f"training failed: {line} (trace: {storage.join(run, ERROR_FILE)}); submit the same "
             "command again to go on from the last checkpoint."
         ) from error
+
+
+def _result_of(run: str, config: Config) -> dict[str, Any]:
+    """Return the result of a run that has ended, written again where it is missing or torn."""
+    with contextlib.suppress(ValueError):
+        if result := read_result(run):
+            return result
+    return _write_result(run, config, wall_s=0.0)
 
 
 def _write_result(run: str, config: Config, *, wall_s: float) -> dict[str, Any]:

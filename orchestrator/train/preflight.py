@@ -12,7 +12,6 @@ from orchestrator.data.index import Index
 from orchestrator.data.sources import read_data, verify_data
 from orchestrator.train import checkpoint, model
 from orchestrator.train.module import ImageClassifier, check_label_kind
-from orchestrator.train.precision import Choice
 
 
 def check_config(config: Config) -> None:
@@ -44,6 +43,7 @@ def check_config(config: Config) -> None:
         _require(key, value, value is None or value >= 1, "must be at least 1; raise it")
     for key, number in (
         ("train.checkpoint.every_seconds", train.checkpoint.every_seconds),
+        ("train.checkpoint.max_age_s", train.checkpoint.max_age_s),
         ("train.gradient_clip_norm", train.gradient_clip_norm),
         ("scaling.cpus_per_worker", scaling.cpus_per_worker),
     ):
@@ -129,15 +129,18 @@ def check_model(config: Config, index: Index) -> None:
             model.build(config.model, num_classes=len(index.classes))
 
 
-def check_checkpoints(config: Config, index: Index, run: str, strategy: Choice) -> None:
-    """Hold the run's checkpoints, if any, against the data and the number of workers.
+def check_checkpoints(config: Config, index: Index, run: str) -> str | None:
+    """Hold the run's checkpoints, if any, against the data and the epochs.
+
+    Returns:
+        the strategy of the checkpoint that the run goes on from, if there is one.
 
     Raises:
         UserError: the run cannot be resumed so.
     """
     manifests = checkpoint.list_manifests(run)
     if not manifests:
-        return
+        return None
     last = manifests[-1]
     if last.index_digest != index.digest:
         raise UserError(
@@ -145,13 +148,7 @@ def check_checkpoints(config: Config, index: Index, run: str, strategy: Choice) 
             f"{index.uri} has {index.digest[:12]}; give this run another --name, or restore it."
         )
     _check_epochs(config, index, run, last)
-    workers = config.scaling.num_workers
-    if strategy.value != "ddp" and last.world_size != workers:
-        raise UserError(
-            f"scaling.num_workers={workers}: the {last.strategy} checkpoint of {run} was written "
-            f"by {last.world_size} workers and loads on as many only; use "
-            f"--scaling.num_workers {last.world_size}."
-        )
+    return last.strategy
 
 
 def _check_epochs(config: Config, index: Index, run: str, last: checkpoint.Manifest) -> None:

@@ -5,6 +5,7 @@ another world size. Here every counter is derived from one integer, the step, an
 a fresh epoch of what is left. Random numbers need no state either: they are keyed by the step.
 """
 
+import io
 import pickle
 import random
 from pathlib import Path
@@ -16,58 +17,88 @@ import torch
 
 from orchestrator.config import UserError
 from orchestrator.data.stream import hash_key
-from orchestrator.train.strategy import WEIGHTS_FILE, ModelStrategy, read_tensors
+from orchestrator.train.snapshot import without_tensors
+from orchestrator.train.strategy import ModelStrategy
+from orchestrator.train.tensors import (
+    EXTRA_WEIGHTS,
+    OPTIMIZERS_FILE,
+    TRAINER_FILE,
+    WEIGHTS_FILE,
+    read_tensors,
+    read_weights,
+    split_weights,
+    write_weights,
+)
 
-TRAINER_FILE = "trainer.pt"
+State = dict[str, Any]
+"""File name -> what it holds: tensors and primitives in nested dicts, lists and tuples."""
 
 
-def save_state(trainer: pl.Trainer, folder: Path) -> None:
-    """Write this worker's share of the training state below `folder`; all workers call it.
+def capture_state(trainer: pl.Trainer, folder: Path) -> State:
+    """Return this worker's share of the training state, by reference; all workers call it.
 
-    Only tensors and primitives are written, so that loading never runs code.
+    What the strategy can only write by itself (DeepSpeed's engine) it writes below `folder`.
     """
     strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]
     strategy.save_shards(folder)
-    weights = strategy.weights()
-    extra: dict[str, Any] = {}
-    trainer.lightning_module.on_save_checkpoint(extra)
+    # As Lightning's hooks expect it: they may put more in, or averaged weights (EMA) in its place.
+    hooked: dict[str, Any] = {"state_dict": strategy.weights()}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        callback.on_save_checkpoint(trainer, trainer.lightning_module, hooked)
+    trainer.lightning_module.on_save_checkpoint(hooked)
     if trainer.global_rank != 0:
-        return
-    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        return {}
+    weights, extra = split_weights(hooked.pop("state_dict"))
     callbacks = {c.state_key: c.state_dict() for c in trainer.callbacks}  # type: ignore[attr-defined]
-    state = {
-        "schedulers": schedulers,
+    rest = {
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "callbacks": {key: value for key, value in callbacks.items() if value},
         "precision": trainer.precision_plugin.state_dict(),
-        "module": extra,
+        "module": hooked,
+        EXTRA_WEIGHTS: extra,
     }
-    torch.save(weights, folder / WEIGHTS_FILE)
-    torch.save(state, folder / TRAINER_FILE)
+    state: State = {WEIGHTS_FILE: weights, TRAINER_FILE: rest}
+    optimizers = strategy.optimizer_states()
+    return state if optimizers is None else {**state, OPTIMIZERS_FILE: optimizers}
 
 
-def check_readable(folder: Path) -> None:
-    """Read back what this worker wrote: a checkpoint that cannot be loaded is worth nothing.
+def write_state(state: State, folder: Path) -> None:
+    """Write a captured (or copied) state below `folder`, a file for each entry."""
+    for name, content in state.items():
+        if name == WEIGHTS_FILE:
+            write_weights(content, folder / name)
+        else:
+            torch.save(content, folder / name)
+
+
+def check_readable(state: State) -> None:
+    """Check that a state would load again: a checkpoint that cannot be loaded is worth nothing.
 
     Raises:
         UserError: the user's module or optimizer keeps something else than tensors and primitives.
     """
-    for path in sorted(folder.glob("*.pt")):
+    for name, content in state.items():
+        written = io.BytesIO()
         try:
-            read_tensors(path)
-        except pickle.UnpicklingError as error:
+            torch.save(without_tensors(content), written)
+            written.seek(0)
+            torch.load(written, weights_only=True)
+        except (pickle.PickleError, AttributeError, TypeError) as error:
             what = str(error).split("Unsupported")[-1].split("was not")[0].strip()
             raise UserError(
-                f"the checkpoint's {path.name} holds more than tensors and primitives ({what}), so "
+                f"the checkpoint's {name} holds more than tensors and primitives ({what}), so "
                 "it could not be loaded safely; convert it in the module's on_save_checkpoint or "
                 "configure_optimizers."
             ) from error
 
 
 def restore_state(trainer: pl.Trainer, folder: Path) -> None:
-    """Read back what `save_state` wrote; all workers call it."""
+    """Read back what `write_state` wrote; all workers call it."""
     strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]
-    strategy.load_shards(folder)
     state = read_tensors(folder / TRAINER_FILE)
+    hooked = {**state["module"], "state_dict": read_weights(folder)}
+    trainer.lightning_module.on_load_checkpoint(hooked)
+    strategy.load_shards(folder, hooked["state_dict"])
     for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
         config.scheduler.load_state_dict(saved)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -76,8 +107,8 @@ def restore_state(trainer: pl.Trainer, folder: Path) -> None:
             # The patience may be changed on a resume; what has been waited so far stays.
             own = callback.state_dict().get("patience")
             callback.load_state_dict(saved if own is None else {**saved, "patience": own})
+        callback.on_load_checkpoint(trainer, trainer.lightning_module, hooked)
     trainer.precision_plugin.load_state_dict(state["precision"])
-    trainer.lightning_module.on_load_checkpoint(state["module"])
 
 
 def set_progress(trainer: pl.Trainer, *, step: int, epoch: int) -> None:

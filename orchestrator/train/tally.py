@@ -1,6 +1,7 @@
 """Worker side: what all workers' steps add up to: the mean loss, and how many images were bad."""
 
 import collections
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -10,6 +11,15 @@ from orchestrator.data.batch import MicroBatch
 
 # Fewer images than this, repeats in later epochs included, say little about a data set.
 _JUDGED_AFTER = 10_000
+
+
+def gather(trainer: pl.Trainer, mine: Any) -> list[Any]:
+    """Return every worker's value, by rank; all workers call it."""
+    gathered: list[Any] = [mine]
+    if trainer.world_size > 1:
+        gathered = [None] * trainer.world_size
+        torch.distributed.all_gather_object(gathered, mine)
+    return gathered
 
 
 class Tally:
@@ -61,13 +71,9 @@ class Tally:
         )
 
     def _top(self, trainer: pl.Trainer) -> str:
-        gathered: list[dict[str, int] | None] = [dict(self._reasons)]
-        if trainer.world_size > 1:
-            gathered = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, dict(self._reasons))
         reasons = collections.Counter[str]()
-        for counts in gathered:
-            reasons.update(counts or {})
+        for counts in gather(trainer, dict(self._reasons)):
+            reasons.update(counts)
         return ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common(3))
 
 

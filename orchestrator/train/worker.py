@@ -123,11 +123,12 @@ def _prepare_process(job: Job) -> None:
 
 def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest | None:
     """Fetch the newest whole checkpoint; rank 0 decides which, and clears what lies beyond it."""
-    manifests = checkpoint.list_manifests(job.run)
+    there = checkpoint.survey(job.run)
     found: checkpoint.Manifest | None = None
-    problems: list[str] = []
-    if manifests:
-        found, problems = checkpoint.fetch_newest(job.run, manifests, folder)
+    problems = list(there.problems)
+    if there.manifests:
+        found, damaged = checkpoint.fetch_newest(job.run, there.manifests, folder)
+        problems += damaged
     step = found.step if found else 0
     agreed = broadcast_from_rank_zero(step)
     if agreed != step:
@@ -272,7 +273,9 @@ def _trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choice) ->
     trainer = pl.Trainer(
         accelerator=device.type,
         devices="auto",
-        strategy=build_strategy(job.strategy, loss_weight, device),
+        strategy=build_strategy(
+            job.strategy, loss_weight, device, offload=config.train.offload_optimizer
+        ),
         plugins=[RayLightningEnvironment()],
         precision=lightning_precision(precision.value),
         max_epochs=config.train.max_epochs,
@@ -283,7 +286,6 @@ def _trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choice) ->
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=5,

@@ -1,21 +1,14 @@
 """When a checkpoint counts: commit, keep, best, damage, rewind."""
 
-import dataclasses
+import json
 import math
 from pathlib import Path
 
 import pytest
+from saving import make_manifest
 
 from orchestrator.train import checkpoint
-from orchestrator.train.checkpoint import CheckpointError, Manifest
-
-
-def make_manifest(step: int, **changes: object) -> Manifest:
-    base = Manifest(
-        step=step, position=step * 10, epoch=step // 4, metrics={}, done="", world_size=2,
-        strategy="ddp", precision="32", config_digest="c", index_digest="i", stats={}, files=(),
-    )  # fmt: skip
-    return dataclasses.replace(base, **changes)
+from orchestrator.train.checkpoint import CheckpointError
 
 
 def save(run: str, tmp_path: Path, step: int, *, content: bytes = b"x", **changes: object) -> None:
@@ -76,13 +69,56 @@ def test_without_a_whole_checkpoint_nothing_starts_from_scratch(tmp_path: Path) 
         checkpoint.fetch_newest(run, checkpoint.list_manifests(run), tmp_path / "to")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format": 99}'])
-def test_a_torn_or_foreign_manifest_is_named(tmp_path: Path, content: bytes) -> None:
+def damaged(content: bytes, damage: str) -> bytes:
+    """Return what is left of a file: nothing, half, or all with a bit of one byte turned."""
+    if damage == "flip":
+        middle = content.index(b'"position": ') + len(b'"position": ')
+        return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return content[: {"empty": 0, "half": len(content) // 2}[damage]]
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "flip"])
+def test_a_torn_manifest_is_named_and_the_checkpoint_before_is_taken(
+    tmp_path: Path, damage: str
+) -> None:
+    run = str(tmp_path / "run")
+    save(run, tmp_path, 4)
+    save(run, tmp_path, 8)
+    path = Path(checkpoint.checkpoint_uri(run, 8)) / checkpoint.MANIFEST_FILE
+    path.write_bytes(damaged(path.read_bytes(), damage))
+    found = checkpoint.survey(run)
+    assert [manifest.step for manifest in found.manifests] == [4]
+    assert len(found.problems) == 1
+    assert found.problems[0].startswith(f"{path} is damaged: ")
+    checkpoint.rewind(run, 4)
+    assert not path.parent.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"format": 2}'])
+def test_with_only_torn_manifests_nothing_starts_from_scratch(
+    tmp_path: Path, content: bytes
+) -> None:
     run = str(tmp_path / "run")
     save(run, tmp_path, 4)
     path = Path(checkpoint.checkpoint_uri(run, 4)) / checkpoint.MANIFEST_FILE
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"MANIFEST\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint of .* is whole .*MANIFEST\.json is d"
+    ):
+        checkpoint.list_manifests(run)
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_manifest_of_another_version_is_refused_not_skipped(tmp_path: Path, version: int) -> None:
+    run = str(tmp_path / "run")
+    save(run, tmp_path, 4)
+    save(run, tmp_path, 8)
+    path = Path(checkpoint.checkpoint_uri(run, 8)) / checkpoint.MANIFEST_FILE
+    fields = json.loads(path.read_bytes())
+    del fields["sha256"]
+    fields["format"] = version
+    path.write_text(json.dumps({**fields, "sha256": checkpoint._digest(fields)}))
+    with pytest.raises(CheckpointError, match=rf"has format {version}, not 2; use the version"):
         checkpoint.list_manifests(run)
 
 
@@ -91,10 +127,13 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, loss in ((4, 0.9), (8, 0.2), (12, 0.5), (16, 0.4)):
         save(run, tmp_path, step, metrics={"val_loss": loss})
     save(run, tmp_path, 18)
+    for step in (10, 20):  # of a save that failed, and of one that is under way
+        checkpoint.store_files(tmp_path / "source-4", checkpoint.checkpoint_uri(run, step))
     best = checkpoint.best_of(checkpoint.list_manifests(run), monitor="val_loss", mode="min")
     checkpoint.prune(run, keep=2, best=best)
     assert steps(run) == [8, 16, 18]
-    assert not Path(checkpoint.checkpoint_uri(run, 4)).exists()
+    there = sorted(path.name for path in Path(run, "checkpoints").iterdir())
+    assert there == [f"step-{step:08d}" for step in (8, 16, 18, 20)]
 
 
 def test_the_best_is_finite_and_the_earlier_of_equals() -> None:
@@ -122,8 +161,11 @@ def test_rewinding_clears_what_a_kill_left(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "rank-00000.parquet").touch()
     (Path(run) / "checkpoints" / "lost+found").mkdir()
+    (Path(run) / ".metrics.parquet.x1.tmp").touch()
+    (Path(run) / ".mine.tmp").touch()
     checkpoint.rewind(run, 4)
     (Path(run) / "checkpoints" / "lost+found").rmdir()  # not ours, so left alone
     assert steps(run) == [4]
+    assert [p.name for p in Path(run).glob(".*")] == [".mine.tmp"]
     assert [p.name for p in (Path(run) / "samples").iterdir()] == ["step-00000004"]
     assert [p.name for p in (Path(run) / "checkpoints").iterdir()] == ["step-00000004"]

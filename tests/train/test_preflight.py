@@ -10,10 +10,7 @@ from orchestrator.config import Config, DataConfig, TrainConfig, UserError
 from orchestrator.data.index import Index
 from orchestrator.train import checkpoint, preflight
 from orchestrator.train.checkpoint import Manifest
-from orchestrator.train.precision import Choice
 from orchestrator.train.preflight import Resources
-
-DDP = Choice("ddp", "asked for")
 
 
 @pytest.fixture
@@ -45,18 +42,18 @@ def test_a_run_whose_last_step_was_short_cannot_be_made_longer(
     run = str(tmp_path / "run")
     commit(run, index, step=12, position=80, epoch=2, done="max_epochs")
     config = make_config(index, tmp_path, max_epochs=2)
-    preflight.check_checkpoints(config, index, run, DDP)
+    preflight.check_checkpoints(config, index, run)
     assert preflight.is_finished(config, run)
     with pytest.raises(UserError, match=r"train\.max_epochs=3: the last step .* was shorter"):
-        preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=3), index, run, DDP)
+        preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=3), index, run)
 
 
 def test_fewer_epochs_than_are_done_are_refused(index: Index, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     commit(run, index, step=8, position=56, epoch=1, done="")
-    preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=2), index, run, DDP)
+    preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=2), index, run)
     with pytest.raises(UserError, match=r"train\.max_epochs=1 ends before the checkpoint"):
-        preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=1), index, run, DDP)
+        preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=1), index, run)
 
 
 @pytest.mark.parametrize("done", ["converged", "diverged"])
