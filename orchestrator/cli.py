@@ -76,6 +76,7 @@ def pack(argv: Sequence[str]) -> int:
     )
     names = ("chunk_rows", "val_fraction", "test_fraction", "max_side", "quality", "copy")
     settings = {name: getattr(args, name) for name in names}
+    settings["max_bad_fraction"] = args.max_bad_fraction
     index = write_shards(
         args.source, args.out, request=request, say=_say, verbose=args.verbose, **settings
     )
@@ -93,6 +94,9 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk-rows", type=int, default=64, help="images in a row group")
     parser.add_argument("--val-fraction", type=float, default=0.1, help="share for validation")
     parser.add_argument("--test-fraction", type=float, default=0.0, help="share held out")
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.1, help="share of bad samples that is too much"
+    )
     parser.add_argument("--verify", action="store_true", help="check what lies in --out instead")
     parser.add_argument("--verbose", action="store_true", help="show Ray's log lines")
     layout = parser.add_argument_group("what the source is (found out where it is not said)")

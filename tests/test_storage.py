@@ -75,7 +75,10 @@ def test_a_folder_is_listed_by_name_and_a_tree_with_all_below(root):
     put(root, "t/b.txt", "t/a/2.txt", "t/a/1.txt", "t/c/d/3.txt")
     folder = storage.join(root, "t")
     entries = list(storage.list_folder(folder))
-    assert entries == [Entry("a", True, 0), Entry("b.txt", False, 3), Entry("c", True, 0)]
+    assert [entry[:3] for entry in entries] == [("a", True, 0), ("b.txt", False, 3), ("c", True, 0)]
+    listed = {f"t/{entry.name}": entry.etag for entry in storage.list_tree(folder)}
+    assert listed["t/b.txt"] == entries[1].etag
+    assert listed == {name: storage.etag(storage.join(root, name)) for name in listed}
     tree = [entry.name for entry in storage.list_tree(folder)]
     assert tree == ["a/1.txt", "a/2.txt", "b.txt", "c/d/3.txt"]
     assert list(storage.list_folder(storage.join(root, "missing"))) == []

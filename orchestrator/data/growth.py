@@ -70,11 +70,18 @@ def read_before(out: str, settings: PackSettings, request: Request) -> Before:
     settings.check_same(index.settings, out)
     stored: dict[str, Any] = index.settings["request"]
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    labels = index.settings["labels"]
+    found_out = {
+        "format": index.settings["format"],
+        "label_kind": labels["kind"],
+        "label_column": labels["column"],
+    }
     for key, value in dataclasses.asdict(request).items():
         # What is not said again stays; classes and prefixes may be added to.
-        if value and value != fields[key] and key not in ("classes", "allow"):
+        before = fields[key] or found_out.get(key)
+        if value and value != before and key not in ("classes", "allow"):
             raise UserError(
-                f"--out {out} was packed with {key} {fields[key] or 'found out'!r}, not {value!r}; "
+                f"--out {out} was packed with {key} {before or 'found out'!r}, not {value!r}; "
                 "choose another --out, or delete it first."
             )
         if value and key in ("classes", "allow"):
@@ -82,12 +89,15 @@ def read_before(out: str, settings: PackSettings, request: Request) -> Before:
     return Before(index, Request(**fields), int(index.settings["generation"]))
 
 
-def say_changes(listed: Listed, say: Callable[[str], None]) -> None:
+def say_changes(listed: Listed, say: Callable[[str], None], *, in_place: bool = False) -> None:
     """Say what of the packed source is no longer as it was packed."""
+    kept = "what was packed of them stays (another --out drops it)"
+    if in_place:  # nothing was copied, so nothing is kept
+        kept = "the index names the files as they are now"
     if listed.changed or listed.gone:
         say(
             f"the source changed since it was packed: {listed.changed:,} items are others now and "
-            f"{listed.gone:,} are gone; what was packed of them stays (another --out drops it)"
+            f"{listed.gone:,} are gone; {kept}"
         )
 
 

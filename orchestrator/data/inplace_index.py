@@ -35,10 +35,10 @@ def decide(job: Job, survey: Survey, before: Before | None, say: _Say) -> bool:
         return False
     if before is not None and not before.in_place:
         return False
-    why = _why_not(job, files)
+    why = _why_not(job, files, before)
     if why and before is not None:
         raise UserError(
-            f"{job.out} indexes Parquet files in place, but {why}; leave that file out, or pack "
+            f"{job.out} indexes Parquet files in place, but {why}; mend the source, or pack "
             "everything into another --out with --copy."
         )
     if why:
@@ -46,11 +46,11 @@ def decide(job: Job, survey: Survey, before: Before | None, say: _Say) -> bool:
     return not why
 
 
-def _why_not(job: Job, files: pa.Table) -> str:
+def _why_not(job: Job, files: pa.Table, before: Before | None) -> str:
     unfit = files.filter(pc.not_equal(files["why_not"], ""))
     if unfit.num_rows:
         return f"{unfit['path'][0]}: {unfit['why_not'][0]}"
-    splits = set(_splits(job, files, None))
+    splits = set(_splits(job, files, before))
     for split, share in job.settings.fractions().items():
         if share and split not in splits:
             return f"{files.num_rows} files are too few to give {split!r} one of its own"
@@ -80,7 +80,7 @@ def write(
     """
     assert survey.files is not None
     files = survey.files.append_column("split", [_splits(job, survey.files, before)])
-    say_changes(_changes(files, before), say)
+    say_changes(_changes(files, before), say, in_place=True)
     counts = _label_counts(files, source)
     classes = _classes(source, counts, before)
     shards = ShardColumns()

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from orchestrator.data.formats.base import Item, encode_id
+from orchestrator.data.formats.base import File, Item, encode_id
 
 _Pairs = npt.NDArray[np.uint64]
 
@@ -19,6 +19,7 @@ class Known:
     def __init__(self, pairs: _Pairs) -> None:
         self._pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
         self._seen = np.zeros(len(pairs), dtype=np.bool_)
+        self._new = set[int]()
         self.changed = 0
         """Items whose stamp is another one now."""
 
@@ -41,18 +42,28 @@ class Known:
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def meet(self, item: Item) -> Literal["new", "kept", "changed"]:
+    def meet(self, item: Item) -> Literal["new", "kept", "changed", "repeated"]:
         """Return what an item that was listed is, and remember it."""
         key = _hash(item.id)
-        at = int(np.searchsorted(self._pairs[:, 0], np.uint64(key)))
-        if at == len(self._pairs) or int(self._pairs[at, 0]) != key:
-            return "new"
-        if not self._seen[at]:
-            self._seen[at] = True
-            if int(self._pairs[at, 1]) != _hash(item.stamp):
-                self.changed += 1
-                return "changed"
+        start = int(np.searchsorted(self._pairs[:, 0], np.uint64(key)))
+        stop = int(np.searchsorted(self._pairs[:, 0], np.uint64(key), side="right"))
+        if start == stop:
+            return self._meet_new(item, key)
+        if self._seen[start]:
+            return "repeated"
+        self._seen[start:stop] = True
+        if np.uint64(_hash(item.stamp)) not in self._pairs[start:stop, 1]:
+            self.changed += 1
+            return "changed"
         return "kept"
+
+    def _meet_new(self, item: Item, key: int) -> Literal["new", "repeated"]:
+        if isinstance(item, File):  # paths do not repeat, so they need no memory
+            return "new"
+        if key in self._new:
+            return "repeated"
+        self._new.add(key)
+        return "new"
 
     @property
     def gone(self) -> int:

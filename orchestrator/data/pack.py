@@ -124,14 +124,15 @@ def _pack(
     tally = Tally()
     tally.weight = 0 if before else survey.weight
     weighing = [] if tally.weight else job.start_weighing()
-    for found in job.pack():
-        tally.add(found)
-        if weighing and not tally.weight:
-            done, rest = ray.wait(weighing, num_returns=len(weighing), timeout=0)
-            tally.weight = 0 if rest else sum(ray.get(done))
-        tally.say_progress(say)
-    for task in weighing:
-        ray.cancel(task)
+    try:
+        for found in job.pack():
+            tally.add(found)
+            if weighing and not tally.weight:
+                tally.weight = _weight(weighing)
+            tally.say_progress(say)
+    finally:
+        for task in weighing:
+            ray.cancel(task)
     growth.say_changes(tally.listed, say)
     classes = _classes(job, tally, before)
     tally.check(job.settings, classes, folders=isinstance(job.source, imagefolder.ImageFolder))
@@ -152,6 +153,15 @@ def _pack(
     )
     _say_packed(index, tally, job.settings, say)
     return index
+
+
+def _weight(weighing: "list[ray.ObjectRef[int]]") -> int:
+    """Return the weight of all items, or 0 while it is not known."""
+    done, rest = ray.wait(weighing, num_returns=len(weighing), timeout=0)
+    try:
+        return 0 if rest else sum(ray.get(done))
+    except ray.exceptions.RayError:  # then no time that is left is said; packing goes on
+        return 0
 
 
 def _classes(job: Job, tally: Tally, before: Before | None) -> tuple[str, ...]:

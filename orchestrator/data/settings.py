@@ -27,6 +27,9 @@ class PackSettings:
     """JPEG quality that every image is encoded with again, where that saves; 0: none is."""
     copy: bool = False
     """Copy Parquet files that could be indexed in place."""
+    max_bad_fraction: float = 0.1
+    """Share of bad samples above which a pack fails: the labels were taken for something else, or
+    the source is lost. Decides no shard's content."""
 
     def check(self) -> None:
         """Refuse what cannot be meant.
@@ -51,14 +54,21 @@ class PackSettings:
             )
         if not 0 <= self.quality <= 100:
             raise UserError(f"--quality must be 1 to 100, but it is {self.quality}; 90 is usual.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(
+                f"--max-bad-fraction must be 0 to 1, but it is {self.max_bad_fraction}; 0.1 is "
+                "usual."
+            )
         if self.max_side < 0:
             raise UserError(
                 f"--max-side must be a number of pixels, but it is {self.max_side}; 512 is usual."
             )
 
     def content(self) -> dict[str, Any]:
-        """Return every setting by name."""
-        return dataclasses.asdict(self)
+        """Return every setting by name that shards depend on."""
+        content = dataclasses.asdict(self)
+        del content["max_bad_fraction"]
+        return content
 
     def check_same(self, found: Mapping[str, Any], out: str) -> None:
         """Refuse to go on with a data set that was packed otherwise.

@@ -31,6 +31,8 @@ _SAY_EVERY_S = 3.0
 _GUESS_FROM = 0.01
 # Samples that are named when they are left out; QUARANTINE_FILE names all.
 _SAY_BAD = 5
+# Samples from which on the share that is left out says something.
+_JUDGED_FROM = 1_000
 # Bad samples turned from objects to columns at a time.
 _BATCH = 4096
 
@@ -154,13 +156,20 @@ class Tally:
         """Refuse a data set that could not be trained on, before it gets an index.
 
         Raises:
-            UserError: a class folder or a wanted split has no image.
+            UserError: a class folder or a wanted split has no image, or too many are bad.
         """
         images = sum(self.splits.values())
         if not images:
             raise UserError(
                 f"--source {settings.source} holds no image that can be packed{self._reasons()}; "
                 "check it, or say what it is with --format and --image-column."
+            )
+        total = images + self.bad.count
+        if total >= _JUDGED_FROM and self.bad.count > settings.max_bad_fraction * total:
+            raise UserError(
+                f"{self.bad.count:,} of {total:,} samples of --source {settings.source} would be "
+                f"left out{self._reasons()}; mend them, say what they are with --label-kind and "
+                "the like, or raise --max-bad-fraction."
             )
         for label, name in enumerate(classes if folders else ()):
             if not self.images_of_label[label]:

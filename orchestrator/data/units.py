@@ -11,9 +11,9 @@ from typing import Any
 
 from orchestrator import storage
 from orchestrator.data.formats import base
-from orchestrator.data.formats.base import Format, Unit, encode_id
+from orchestrator.data.formats.base import Bad, Format, Unit, encode_id
 from orchestrator.data.known import Known
-from orchestrator.data.shard import UnitResult, marker_uri, read_marker
+from orchestrator.data.shard import MAX_NAMED_BAD, UnitResult, marker_uri, read_marker
 from orchestrator.data.stream import hash_key
 
 _READ_THREADS = 16
@@ -50,16 +50,28 @@ class Lister:
             texts.append(result.known)
             yield dataclasses.replace(result, known="")
         known = Known.from_texts(texts)
-        new = (item for item in self.source.items(self.part) if known.meet(item) == "new")
+        repeated = list[Bad]()
+        new = self._new(known, repeated)
         count = 0
         mixed = _mixed(new, self.source.mixes * self.max_images)
         for items in _cut(mixed, self.max_images):
             yield Unit(self._name(self.generation, count), tuple(items))
             count += 1
+        if repeated:
+            yield _left_out(repeated)
         for number in (n for g, n in numbers if g == self.generation and n >= count):
             # Of an interrupted run that saw another source: later packs would take it for packed.
             storage.delete_file(marker_uri(self.out, self._name(self.generation, number)))
         yield Listed(len(known) - known.changed - known.gone, known.changed, known.gone)
+
+    def _new(self, known: Known, repeated: list[Bad]) -> Iterator[Any]:
+        for item in self.source.items(self.part):
+            met = known.meet(item)
+            if met == "new":
+                yield item
+            elif met == "repeated" and len(repeated) < MAX_NAMED_BAD:
+                reason = "duplicate: an earlier item has the same id"
+                repeated.append(Bad.of(getattr(item, "uri", item.id), item.id, reason))
 
     def _name(self, generation: int, number: int) -> str:
         return f"{self.part:05d}/{generation:04d}-{number:06d}"
@@ -81,6 +93,12 @@ class Lister:
                         "another --out."
                     )
                 yield result
+
+
+def _left_out(bad: list[Bad]) -> UnitResult:
+    return UnitResult(
+        digest="", shards=(), bad=tuple(bad), images_of_label={}, train_of_label={}, known=""
+    )
 
 
 def _mixed(items: Iterable[Any], window: int) -> Iterator[Any]:

@@ -66,11 +66,16 @@ def verify(out: str, *, say: Callable[[str], None], verbose: bool = False) -> Ve
 
 
 def _of_packing(index: Index) -> pa.Table:
-    """Return what packing left out: rows of an earlier verification name shards."""
+    """Return what packing left out: rows of an earlier verification name rows of shards."""
     rows = read_quarantine(index.uri)
     if index.settings.get("in_place"):
         return rows.slice(0, 0)
-    return rows.filter(pc.invert(pc.starts_with(rows["uri"], f"{index.uri}/")))
+    # The source may lie below the packed folder; `#group#row` is how rows of shards are called.
+    ours = pc.and_(
+        pc.starts_with(rows["uri"], f"{index.uri}/"),
+        pc.match_substring_regex(rows["uri"], r"\.parquet#[0-9]+#[0-9]+$"),
+    )
+    return rows.filter(pc.invert(ours))
 
 
 class _Progress:

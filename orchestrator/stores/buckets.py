@@ -45,7 +45,10 @@ def list_folder(uri: str) -> Iterator[Entry]:
     )
     start = len(_prefix(key))
     folders = [Entry(p[start:].rstrip("/"), True, 0) for p in found["common_prefixes"]]
-    files = [Entry(o["path"][start:], False, o["size"]) for o in found["objects"]]
+    files = [
+        Entry(o["path"][start:], False, o["size"], objects.bare(o["e_tag"] or ""))
+        for o in found["objects"]
+    ]
     yield from sorted(folders + files)
 
 
@@ -71,16 +74,19 @@ class _Pages:
             store = objects.store_of(self._uri)
             self._stream = iter(obstore.list(store, self._prefix, offset=self._last or None))
         try:
-            found = [(o["path"], o["size"]) for o in next(self._stream, ())]
+            found = [
+                (o["path"], o["size"], objects.bare(o["e_tag"] or ""))
+                for o in next(self._stream, ())
+            ]
         except BaseError:
             self._stream = None
             raise
         # A server that does not know of offsets begins from the start.
-        fresh = [(path, size) for path, size in found if path > self._last]
+        fresh = [entry for entry in found if entry[0] > self._last]
         if found and not fresh:
             return self.ask()
         self._last = fresh[-1][0] if fresh else self._last
-        return [Entry(path[len(self._prefix) :], False, size) for path, size in fresh]
+        return [Entry(path[len(self._prefix) :], False, size, tag) for path, size, tag in fresh]
 
 
 def _prefix(key: str) -> str:

@@ -1,13 +1,20 @@
 """Local folders: atomic writes, listings by name, ranges without a copy in Python."""
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 from urllib.parse import urlsplit
 
-from orchestrator.stores.faults import ChangedError, MissingError, StorageError
+from orchestrator.stores.faults import ChangedError, DeniedError, MissingError, StorageError
+
+_PATH_FAULTS = {
+    errno.ELOOP: "its symbolic links lead in a circle; remove them.",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one.",
+}
 
 
 class Entry(NamedTuple):
@@ -16,6 +23,8 @@ class Entry(NamedTuple):
     name: str
     is_folder: bool
     size: int
+    etag: str = ""
+    """What storage calls this version of a file; empty: listing does not tell."""
 
 
 def local_path(uri: str) -> Path:
@@ -140,14 +149,14 @@ def _etag(found: os.stat_result) -> str:
 
 
 def list_folder(uri: str) -> Iterator[Entry]:
-    """Yield what lies directly in a folder, by name."""
+    """Yield what lies directly in a folder, by name, but for pipes, sockets and devices."""
     path = local_path(uri)
     if path.is_dir():
         with os.scandir(path) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
         for entry in entries:
-            folder = entry.is_dir()
-            yield Entry(entry.name, folder, 0 if folder else _size_of(entry))
+            if found := _look(entry):
+                yield found
 
 
 def list_tree(uri: str, after: str = "") -> Iterator[Entry]:
@@ -164,11 +173,16 @@ def _tree(uri: str) -> Iterator[Entry]:
             yield inner._replace(name=f"{entry.name}/{inner.name}")
 
 
-def _size_of(entry: "os.DirEntry[str]") -> int:
+def _look(entry: "os.DirEntry[str]") -> Entry | None:
     try:
-        return entry.stat().st_size
-    except FileNotFoundError:  # a link to nothing: whoever reads it says so
-        return 0
+        found = entry.stat()
+    except (FileNotFoundError, PermissionError):  # a bad link: whoever reads it says so
+        return Entry(entry.name, False, 0)
+    if stat.S_ISDIR(found.st_mode):
+        return Entry(entry.name, True, 0)
+    if stat.S_ISREG(found.st_mode):
+        return Entry(entry.name, False, found.st_size, _etag(found))
+    return None  # opening a pipe would wait for its writer
 
 
 def delete_file(uri: str) -> None:
@@ -194,11 +208,18 @@ def explain(error: BaseException, *, uri: str, verb: str) -> StorageError | None
     if isinstance(error, FileNotFoundError):
         return MissingError(f"{start}there is no such file or folder; check the path.")
     if isinstance(error, PermissionError):
-        return StorageError(
+        return DeniedError(
             f"{start}permission denied; run as a user with the right, or choose another path."
         )
+    if verb == "read" and isinstance(error, (NotADirectoryError, IsADirectoryError)):
+        return MissingError(f"{start}it is a folder, or lies below a file; check the path.")
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
         return StorageError(
             f"{start}a file lies where a folder is needed (or the reverse); choose another path."
         )
+    if isinstance(error, OSError) and error.errno in _PATH_FAULTS:
+        kind = MissingError if verb == "read" else StorageError
+        return kind(f"{start}{_PATH_FAULTS[error.errno]}")
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+        return StorageError(f"{start}the disk reports an error; check it, or restore the file.")
     return None

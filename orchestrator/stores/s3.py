@@ -147,7 +147,7 @@ def _list(uri: str, *, delimiter: str, after: str = "") -> Iterator[Entry]:
             for p in page.get("CommonPrefixes", ())
         ]
         files = [
-            Entry(o["Key"][len(prefix) :], False, o["Size"])
+            Entry(o["Key"][len(prefix) :], False, o["Size"], o.get("ETag", "").strip('"'))
             for o in page.get("Contents", ())
             if not o["Key"].endswith("/")  # an empty object that marks a folder
         ]

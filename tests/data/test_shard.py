@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import json
 import os
 from pathlib import Path
 
@@ -73,7 +75,10 @@ def test_shards_have_the_schema_and_row_groups_of_the_chosen_size(packed):
         assert file.schema_arrow.equals(SHARD_SCHEMA)
         assert os.path.getsize(f"{out}/{shard.path}") == shard.bytes
         checksums = file.read(columns=["checksum"])["checksum"].to_pylist()
-        content = b"".join(c.to_bytes(8, "little") for c in checksums)
+        named = zip(table["id"].to_pylist(), table["label"].to_pylist(), checksums, strict=True)
+        content = b"".join(
+            c.to_bytes(8, "little") + json.dumps([i, label]).encode() for i, label, c in named
+        )
         assert xxhash.xxh3_64_intdigest(content) == shard.content
 
 
@@ -97,6 +102,42 @@ def test_a_unit_whose_shard_is_gone_or_whose_marker_is_damaged_is_done_again(pac
     assert os.path.exists(f"{out}/{result.shards[0].path}")
     Path(out, "units", f"{unit.name}.json").write_text("{")
     assert pack_unit(unit, out, chosen) == result
+
+
+def test_a_unit_of_a_source_that_is_read_otherwise_is_done_again(packed):
+    unit, _, out, chosen, result = packed
+    tree = ImageFolder(chosen.source, Labels("class", named=True, classes=tuple("012")))
+    other = pack_unit_of(unit, out, chosen, dataclasses.replace(tree, named_splits=("val",)))
+    assert other.digest != result.digest
+    assert "val" not in {shard.split for shard in other.shards}
+
+
+def test_a_stale_marker_is_gone_before_its_shards_are_written_again(packed):
+    unit, _, out, chosen, _ = packed
+    tree = ImageFolder(chosen.source, Labels("class", named=True, classes=tuple("01x")))
+    in_the_way = Path(out, "train", unit.name.replace("/", "-") + ".parquet")
+    in_the_way.unlink()
+    in_the_way.mkdir()
+    with pytest.raises(UserError):
+        pack_unit_of(unit, out, chosen, tree)
+    assert not Path(out, "units", f"{unit.name}.json").exists()
+
+
+def test_bad_samples_are_named_up_to_a_number_and_then_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestrator.data.shard.MAX_NAMED_BAD", 3)
+    source, out = str(tmp_path / "src"), str(tmp_path / "out")
+    unit = unit_of(source, {f"0/{i}.txt": b"hello" for i in range(10)})
+    bad = pack_unit(unit, out, settings(source)).bad
+    assert len(bad) == 4
+    assert bad[-1].reason == "not_an_image: and 7 more in this unit"
+
+
+def test_a_second_sample_of_an_id_is_a_duplicate(tmp_path):
+    source, out = str(tmp_path / "src"), str(tmp_path / "out")
+    unit = unit_of(source, {"0/a.png": encode_png(1)})
+    result = pack_unit(Unit(unit.name, unit.items * 2), out, settings(source))
+    assert result.images == 1
+    assert [b.reason.partition(":")[0] for b in result.bad] == ["duplicate"]
 
 
 def test_a_marker_survives_json(packed):

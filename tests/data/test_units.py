@@ -5,8 +5,11 @@ from conftest import encode_png
 
 from orchestrator import storage
 from orchestrator.config import UserError
-from orchestrator.data.formats.base import File, Unit
+from orchestrator.data.formats import base
+from orchestrator.data.formats.base import File, Survey, Unit
 from orchestrator.data.formats.imagefolder import open_folder
+from orchestrator.data.formats.manifest import open_manifests
+from orchestrator.data.formats.request import Request
 from orchestrator.data.known import Known
 from orchestrator.data.settings import PackSettings
 from orchestrator.data.shard import UnitResult, marker_uri, pack_unit
@@ -83,6 +86,27 @@ def test_a_damaged_marker_of_an_earlier_pack_is_named(tree, tmp_path):
     storage.write_atomic(marker_uri(out, units[0].name), b"{")
     with pytest.raises(UserError, match=r"000000\.json is damaged.*another --out"):
         run(tree, out, 1)
+
+
+def test_repeated_ids_of_a_manifest_are_left_out_by_every_pack(tmp_path):
+    lines = ["uri,id", "a.png,1", "b.png,2", "c.png,1"]
+    storage.write_atomic(f"{tmp_path}/set/list.csv", "\n".join(lines).encode())
+    for i, name in enumerate("abc"):
+        storage.write_atomic(f"{tmp_path}/set/{name}.png", encode_png(i))
+    source = open_manifests(f"{tmp_path}/set/list.csv", Request())
+    for generation in range(2):
+        results, _, totals = run(source, str(tmp_path / "out"), generation)
+        assert sum(result.images for result in results) == 2
+        bad = [entry for result in results for entry in result.bad]
+        assert [(b.id, b.reason.partition(":")[0]) for b in bad] == [("1", "duplicate")]
+        assert totals == Listed(2 * generation, 0, 0)
+
+
+def test_more_names_than_classes_can_be_are_refused(monkeypatch):
+    monkeypatch.setattr(base, "MAX_CLASSES", 3)
+    total = Survey(names={"a", "b"})
+    with pytest.raises(UserError, match="more than 3 different texts"):
+        total.merge(Survey(names={"c", "d"}))
 
 
 def test_items_are_recognised_by_id_and_stamp():

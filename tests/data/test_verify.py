@@ -88,3 +88,12 @@ def test_parquet_in_place_is_checked_where_it_lies(ray_cluster, tmp_path):
         (row,) = read_quarantine(out).to_pylist()
         assert row["uri"] == row["id"] == f"{tmp_path}/in/1.parquet#0#0"
     assert storage.size(f"{tmp_path}/in/1.parquet")
+
+
+def test_a_source_below_the_packed_folder_stays_in_the_quarantine(ray_cluster, tmp_path):
+    write_packed(tmp_path)
+    left_out = BadTable()
+    left_out.add([Bad.of(f"{tmp_path}/src/x.parquet#3", "x", "no_image: none")])
+    write_quarantine(str(tmp_path), left_out.table())
+    verify(str(tmp_path), say=ignore)
+    assert [row["id"] for row in read_quarantine(str(tmp_path)).to_pylist()] == ["x"]

@@ -193,7 +193,8 @@ def test_another_cloud_is_read_and_written_like_the_rest(root, tmp_path):
     ranges = [(5, 9), (2_000_000, 2_000_003)]
     got = storage.read_ranges(uri, ranges, etag=storage.etag(uri), size=len(content))
     assert [bytes(g) for g in got] == [content[a:b] for a, b in ranges]
-    entries = [Entry("a", True, 0), Entry("b.bin", False, len(content)), Entry("c", True, 0)]
+    tag = storage.etag(f"{root}/t/b.bin")
+    entries = [Entry("a", True, 0), Entry("b.bin", False, len(content), tag), Entry("c", True, 0)]
     assert list(storage.list_folder(f"{root}/t")) == entries
     names = [entry.name for entry in storage.list_tree(f"{root}/t")]
     assert names == ["a/1.bin", "a/2.bin", "b.bin", "c/d/3.bin"]

@@ -6,7 +6,6 @@ machines, or the metadata service of its cloud, and pack what it finds.
 
 import dataclasses
 import os
-from urllib.parse import urlsplit
 
 from orchestrator import storage
 from orchestrator.config import UserError
@@ -30,27 +29,28 @@ class Allowed:
             UserError: a prefix has another scheme.
         """
         for prefix in prefixes:
-            _check_scheme(prefix, f"--allow {prefix}")
-        return cls(tuple(_plain(prefix) for prefix in prefixes or (folder,)), folder)
+            _check_scheme(prefix, "--allow")
+        return cls(tuple(_absolute(prefix) for prefix in prefixes or (folder,)), folder)
 
-    def resolve(self, uri: str, where: str) -> str:
+    def resolve(self, uri: str, where: str, folder: str = "") -> str:
         """Return the absolute URI that a row names.
 
         Args:
             uri: as written: absolute, or relative to the manifest's folder.
             where: manifest and row, for the message.
+            folder: the manifest's folder, where it lies below that of the source.
 
         Raises:
             UserError: it may not be read.
         """
         _check_scheme(uri, where)
         absolute = "://" in uri or uri.startswith("/")
-        location = _plain(uri) if absolute else storage.join(_plain(self.folder), uri)
+        location = _plain(uri) if absolute else storage.join(_plain(folder or self.folder), uri)
         path = location.partition("://")[2] if "://" in location else location
         climbs = ".." in path.split("/")
         if climbs or "\0" in uri or not any(_is_below(location, p) for p in self.prefixes):
             raise UserError(
-                f"{where} names {uri!a}, which lies outside {' and '.join(self.prefixes)}; "
+                f"{where} names {_shown(uri)}, which lies outside {' and '.join(self.prefixes)}; "
                 "if it may be read, add --allow PREFIX."
             )
         return location
@@ -68,12 +68,27 @@ class Allowed:
 
 
 def _check_scheme(uri: str, where: str) -> None:
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
-    if "://" in uri and scheme not in SCHEMES:
+    scheme, separator, _ = uri.partition("://")
+    if separator and scheme.lower() not in SCHEMES:
         raise UserError(
-            f"{where} names {uri!a}, but only {', '.join(SCHEMES)} and plain paths are read, "
+            f"{where} names {_shown(uri)}, but only {', '.join(SCHEMES)} and plain paths are read, "
             "never the network at large; copy the images to a bucket first."
         )
+
+
+def _shown(uri: str) -> str:
+    """Return a URI without user, password and query: a signed URL is a secret."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return ascii(uri)
+    host, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")
+    return ascii(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
+
+
+def _absolute(prefix: str) -> str:
+    # Without following links: rows are compared as they are written.
+    plain = _plain(prefix)
+    return plain if "://" in plain else os.path.abspath(os.path.expanduser(plain))
 
 
 def _plain(uri: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from orchestrator.config import UserError
-from orchestrator.data.formats.labels import BadLabel, Label, Labels
+from orchestrator.data.formats.labels import MAX_CLASSES, BadLabel, Label, Labels
 
 # Cuts a unit and a shard, and is the most bytes of one image. A packing task that writes to S3
 # holds some 3 times this at its peak (measured), so this bounds its memory whatever the images.
@@ -108,8 +108,17 @@ class Survey:
     """Parquet files as the index would name them, where they may be indexed in place."""
 
     def merge(self, other: "Survey") -> None:
-        """Add what another task found."""
+        """Add what another task found.
+
+        Raises:
+            UserError: there are more names than any label set has.
+        """
         self.names |= other.names
+        if len(self.names) > MAX_CLASSES:
+            raise UserError(
+                f"the labels hold more than {MAX_CLASSES:,} different texts, which are no classes; "
+                "name another --label-column, or use --label-kind none."
+            )
         self.weight += other.weight
         if other.files is not None:
             tables = [other.files] if self.files is None else [self.files, other.files]

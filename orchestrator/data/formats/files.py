@@ -34,16 +34,21 @@ def list_files(source: str, suffixes: tuple[str, ...]) -> Iterator[File]:
     """Yield the source's containers by name; hidden ones and other files are left out.
 
     Raises:
-        UserError: the source is a file that is not there.
+        UserError: a key of a bucket has an empty part (`//`), so that no path names it.
     """
     if is_container(source, suffixes):
         size = storage.size(source)
         if size is not None:
-            yield File(source.rpartition("/")[2], size)
+            yield File(source.rpartition("/")[2], size, etag=storage.etag(source) or "")
             return
     for entry in storage.list_tree(source):
         if is_container(entry.name, suffixes) and not is_hidden(entry.name):
-            yield File(entry.name, entry.size)
+            if "" in entry.name.split("/"):
+                raise UserError(
+                    f"{source.rstrip('/')}/{entry.name} has `//` in its key, which is no path; "
+                    "rename the object."
+                )
+            yield File(entry.name, entry.size, etag=entry.etag)
 
 
 def first_file(source: str, suffixes: tuple[str, ...]) -> File:

@@ -36,8 +36,8 @@ class Rows:
 
     @property
     def stamp(self) -> str:
-        """Place and size."""
-        return f"{self.start} {self.stop} {self.size}"
+        """Samples and size, not the place: shards before it may be added or removed."""
+        return f"{self.stop - self.start} {self.size}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Foreign:
         found = Survey()
         for item in items:
             for _, row in read_rows(self.format, self.source, item):
+                if isinstance(row, str):
+                    continue
                 try:
                     found.names.update(self.labels.names(row.get(self.labels.column)))
                 except BadLabel:
@@ -81,10 +83,13 @@ class Foreign:
         """Read samples by number."""
         for item in items:
             for number, row in read_rows(self.format, self.source, item):
-                yield self._sample(f"{self.source}#{number}", number, row)
+                yield self._sample(f"{item.id}#{number - item.start}", row)
 
-    def _sample(self, uri: str, number: int, row: Mapping[str, Any]) -> Sample | Bad:
-        sample_id = str(row[self.id]) if self.id else f"{number:012d}"
+    def _sample(self, name: str, row: Mapping[str, Any] | str) -> Sample | Bad:
+        uri = storage.join(self.source, name)
+        if isinstance(row, str):
+            return Bad.of(uri, name, row)
+        sample_id = str(row[self.id]) if self.id else name
         image = _bytes(row.get(self.image))
         if image is None:
             return Bad.of(uri, sample_id, "no_image: the sample has no image")
@@ -118,23 +123,43 @@ def list_shards(name: str, source: str) -> Iterator[Rows]:
     """Yield each shard of a data set with the numbers of its samples.
 
     Raises:
-        UserError: its index is damaged.
+        UserError: its index is damaged, or its samples hold Python objects.
     """
     start = 0
     try:
-        for shard in _index(source)["shards" if name == "mds" else "chunks"]:
+        content = _index(source)
+        _refuse_pickles(content, source)
+        for shard in content["shards" if name == "mds" else "chunks"]:
             count = int(shard["samples"] if name == "mds" else shard["chunk_size"])
             data = shard.get("raw_data", {})
             size = int(data["bytes"] if name == "mds" else shard["chunk_bytes"])
             where = str(data["basename"] if name == "mds" else shard["filename"])
+            if where.startswith("/") or {"", ".", ".."} & set(where.split("/")):
+                raise ValueError(f"{where} is no name of a shard")
             yield Rows(where, size, start, start + count)
             start += count
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}/index.json is damaged ({error!r}); write it again.") from error
 
 
-def read_rows(name: str, source: str, rows: Rows) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield samples by number, as columns, copying their shard to a temporary folder first."""
+def _refuse_pickles(content: Mapping[str, Any], source: str) -> None:
+    """Refuse a column whose reading would run whatever code its writer put there."""
+    config = content.get("config") or {}
+    formats = [*(shard.get("column_encodings") or () for shard in content.get("shards") or ())]
+    kinds = {str(kind) for shard in formats for kind in shard}
+    kinds |= {str(kind).partition(":")[0] for kind in config.get("data_format") or ()}
+    if kinds & {"pkl", "pickle"}:
+        raise UserError(
+            f"{source} has a column of Python pickles, which can run any code when they are read; "
+            "write it again with encoded images and plain labels."
+        )
+
+
+def read_rows(name: str, source: str, rows: Rows) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """Yield samples by number, as columns, copying their shard to a temporary folder first.
+
+    In place of a sample that cannot be read comes the reason.
+    """
     package = _package(name)
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
         remote = source if storage.is_remote(source) else None
@@ -150,8 +175,16 @@ def read_rows(name: str, source: str, rows: Rows) -> Iterator[tuple[int, Mapping
         else:
             opened = package.StreamingDataset(source, shuffle=False, cache_dir=folder)
         for number in range(rows.start, rows.stop):
-            row = opened[number]
-            yield number, row if isinstance(row, Mapping) else {"x": row}
+            yield number, _row_of(opened, number)
+
+
+def _row_of(opened: Any, number: int) -> Mapping[str, Any] | str:
+    try:
+        row = opened[number]
+    except Exception as error:  # whatever the package's decoders raise for a damaged sample
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return f"damaged: it cannot be read ({text})"
+    return row if isinstance(row, Mapping) else {"x": row}
 
 
 def open_foreign(name: str, source: str, request: Request) -> Foreign:
@@ -164,7 +197,10 @@ def open_foreign(name: str, source: str, request: Request) -> Foreign:
     if first is None:
         raise UserError(f"{source} is a {name} data set without samples; check --source.")
     head = dataclasses.replace(first, stop=min(first.stop, first.start + _FIRST_SAMPLES))
-    rows = [row for _, row in read_rows(name, source, head)]
+    found = [row for _, row in read_rows(name, source, head)]
+    rows = [row for row in found if not isinstance(row, str)]
+    if not rows:
+        raise UserError(f"{source}: none of the first samples can be read ({found[0]}); mend it.")
     columns = list(rows[0])
     image = request.column("image", columns, _IMAGE_COLUMNS)
     if not image:

@@ -84,7 +84,7 @@ class ImageFolder:
             if until and entry.name > until:
                 return
             if not is_hidden(entry.name):
-                yield File(f"{name}/{entry.name}", entry.size, label)
+                yield File(f"{name}/{entry.name}", entry.size, label, entry.etag)
 
     def survey(self, items: Iterable[File]) -> Survey:
         """Return nothing: the folders have said it all."""
@@ -175,6 +175,9 @@ def find_classes(source: str, say: Callable[[str], None]) -> list[str]:
     if not storage.is_remote(source) and not storage.local_path(source).is_dir():
         raise UserError(f"--source {source} is no folder; check the path.")
     folders, num_loose = _split_root(source)
+    if "" in folders:  # listing it would list the whole source again
+        folders.remove("")
+        say(f"left out what lies below {source.rstrip('/')}//: its class would have no name")
     if not folders:
         found = f"{num_loose} files but no class folder" if num_loose else "nothing"
         raise UserError(

@@ -109,7 +109,9 @@ def _why_no_labels(file: pq.ParquetFile, labels: Labels, raws: pa.ChunkedArray |
         flat = pc.list_flatten(raws)
         return "" if not len(flat) or pc.min(flat).as_py() >= 0 else "it has a label below 0"
     if pa.types.is_string(kind) and labels.named:
-        return ""
+        trimmed = pc.utf8_trim_whitespace(raws)
+        bare = pc.and_(pc.equal(trimmed, raws), pc.greater(pc.utf8_length(raws), 0))
+        return "" if pc.all(bare).as_py() else "it has labels of nothing, or with spaces around"
     if not pa.types.is_integer(kind) or labels.named:
         return f"its labels are of type {kind}"
     if pc.min(raws).as_py() < 0:

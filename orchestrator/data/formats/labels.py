@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ KINDS: tuple[LabelKind, ...] = ("class", "multi", "float", "none")
 # More names than any label set has: these are captions.
 MAX_CLASSES = 1_000_000
 _INT32 = 1 << 31
+# Not `007`, which as a number would be the same class as `7`: padded numbers are names.
+_WHOLE_TEXT = re.compile(r"-?(0|[1-9][0-9]*)")
+_PADDED_TEXT = re.compile(r"0[0-9]+")
 
 
 class BadLabel(ValueError):
@@ -74,7 +78,12 @@ class Labels:
             return _number(raw)
         if self.kind == "class":
             return self._class(raw)
-        return tuple(sorted({self._class(value) for value in _list(raw)}))
+        classes = [self._class(value) for value in _list(raw)]
+        if len(set(classes)) < len(classes):
+            raise BadLabel(
+                f"bad_label: {_shown(raw)} names a class twice; one-hot lists are not read"
+            )
+        return tuple(sorted(classes))
 
     def _class(self, raw: object) -> int:
         if not self.named:
@@ -97,7 +106,8 @@ class Labels:
 def infer(values: Iterable[object], *, classes: Sequence[str] = ()) -> tuple[LabelKind, bool]:
     """Return the kind of some raw labels, and whether classes are names.
 
-    Whole numbers are classes, other numbers targets, lists several classes, other text names.
+    Whole numbers are classes, other numbers targets, lists several classes, other text names. Only
+    text may be one of `classes`: a number among them is a place, whatever they are called.
     """
     found = [value for value in values if value is not None and value != ""]
     if not found:
@@ -105,7 +115,8 @@ def infer(values: Iterable[object], *, classes: Sequence[str] = ()) -> tuple[Lab
     if all(_is_list(value) for value in found):
         inner = [item for value in found for item in _list(value)]
         return "multi", infer(inner, classes=classes)[1]
-    if set(classes) & {str(value).strip() for value in found}:
+    texts = {value.strip() for value in found if isinstance(value, str)}
+    if texts & set(classes) or any(map(_PADDED_TEXT.fullmatch, texts)):
         return "class", True
     if all(_fits(_whole, value) for value in found):
         return "class", False
@@ -115,10 +126,15 @@ def infer(values: Iterable[object], *, classes: Sequence[str] = ()) -> tuple[Lab
 
 
 def is_named(kind: LabelKind, values: Iterable[object], classes: Sequence[str]) -> bool:
-    """Return whether labels of a kind that the user named are class names."""
+    """Return whether labels of a kind that the user named are class names.
+
+    Raises:
+        BadLabel: there shall be several classes, but a label is no list.
+    """
     if kind not in ("class", "multi"):
         return False
-    found = [item for value in values for item in (_list(value) if kind == "multi" else [value])]
+    given = (value for value in values if value is not None and value != "")
+    found = [item for value in given for item in (_list(value) if kind == "multi" else [value])]
     return infer(found, classes=classes) != ("class", False)
 
 
@@ -141,9 +157,12 @@ def _list(raw: object) -> list[Any]:
 
 def _whole(raw: object) -> int:
     try:
-        if isinstance(raw, (bool, float)) and raw != int(raw):
+        if isinstance(raw, str) and not _WHOLE_TEXT.fullmatch(raw.strip()):
             raise ValueError
-        return int(raw)  # type: ignore[call-overload, no-any-return]
+        number = int(raw)  # type: ignore[call-overload]
+        if not isinstance(raw, str) and raw != number:  # a Decimal, a fraction
+            raise ValueError
+        return int(number)
     except (TypeError, ValueError, OverflowError) as error:
         raise BadLabel(f"bad_label: {_shown(raw)} is no class index") from error
 
@@ -157,6 +176,8 @@ def _integer(raw: object) -> int:
 
 def _number(raw: object) -> float:
     try:
+        if isinstance(raw, str) and "_" in raw:  # Python reads 1_1 as 11
+            raise ValueError
         number = float(raw)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError) as error:
         raise BadLabel(f"bad_label: {_shown(raw)} is no number") from error

@@ -80,10 +80,11 @@ class Manifests:
         """List the rows of all manifests."""
         for file in list_files(self.source, SUFFIXES):
             location = storage.join(root_of(self.source, SUFFIXES), file.id)
+            folder = location.rpartition("/")[0]
             for number, row in enumerate(read_rows(location), start=1):
-                yield self._row(row, f"{location} row {number}")
+                yield self._row(row, f"{location} row {number}", folder)
 
-    def _row(self, row: dict[str, Any], where: str) -> Row:
+    def _row(self, row: dict[str, Any], where: str, folder: str) -> Row:
         uri = row.get(self.uri)
         if not isinstance(uri, str) or not uri.strip():
             raise UserError(
@@ -94,7 +95,7 @@ class Manifests:
         label = row.get(self.labels.column) if self.labels.column else None
         return Row(
             id=uri.strip() if given in (None, "") else str(given),
-            uri=self.allowed.resolve(uri.strip(), where),
+            uri=self.allowed.resolve(uri.strip(), where, folder),
             label=tuple(label) if isinstance(label, list) else label,
             checksum=str(row.get(self.checksum) or "") if self.checksum else "",
         )
@@ -176,7 +177,7 @@ def read_rows(location: str) -> Iterator[dict[str, Any]]:
     while True:
         try:
             row = next(rows, None)
-        except (ValueError, csv.Error, pa.ArrowException, RecursionError) as error:
+        except (ValueError, OSError, csv.Error, pa.ArrowException, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(
@@ -191,7 +192,7 @@ def read_rows(location: str) -> Iterator[dict[str, Any]]:
 
 def _read_csv(location: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
     with _text(location) as text:
-        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(_lines(text), delimiter=delimiter, strict=True)
         for row in reader:
             if None in row:
                 raise csv.Error(f"it has more than {len(reader.fieldnames or ())} fields")
@@ -200,14 +201,19 @@ def _read_csv(location: str, delimiter: str = ",") -> Iterator[dict[str, Any]]:
 
 def _read_json_lines(location: str) -> Iterator[dict[str, Any]]:
     with _text(location) as text:
-        while line := text.readline(_MAX_LINE_BYTES):
-            if len(line) == _MAX_LINE_BYTES:
-                raise ValueError(f"a line has more than {_MAX_LINE_BYTES} characters")
+        for line in _lines(text):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("a line is no JSON object")
                 yield row
+
+
+def _lines(text: io.TextIOWrapper) -> Iterator[str]:
+    while line := text.readline(_MAX_LINE_BYTES):
+        if len(line) == _MAX_LINE_BYTES:
+            raise ValueError(f"a line has more than {_MAX_LINE_BYTES} characters")
+        yield line
 
 
 def _read_parquet(location: str) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,10 @@ _ID_COLUMNS = ("id", "__key__", "key", "image_id")
 _FIRST_ROWS = 100
 # Rows decoded at a time while copying: 64 photographs are 7 MB.
 _BATCH_ROWS = 64
+# Bytes decoded at a time, where the footer tells the truth.
+_BATCH_BYTES = 64 << 20
+# Rows of a damaged row group that are named: a damaged footer may promise any number.
+_MAX_LOST_ROWS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ class ParquetRows:
                 file = _open(raw, uri)
                 self._check_columns(file, uri)
                 raws = _label_column(file, self.labels.column)
-                found.names |= self._names(raws)
+                found.merge(Survey(names=self._names(raws)))
                 look = inplace.look(file, uri, item, self.labels, self.columns, raws)
             found.merge(Survey(files=look))
         return found
@@ -117,23 +121,26 @@ class ParquetRows:
 
     def _rows(self, file: pq.ParquetFile, uri: str, item: File) -> Iterator[Sample | Bad]:
         names = [name.partition(".")[0] for name in self.columns.values()]
-        row = 0
-        batches = file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False)
-        while True:
+        start = 0
+        for number in range(file.num_row_groups):
+            row, group = start, file.metadata.row_group(number)
+            start += group.num_rows
             try:
-                batch = next(batches, None)
+                for batch in file.iter_batches(
+                    _batch_rows(group), row_groups=[number], columns=names, use_threads=False
+                ):
+                    for at in range(batch.num_rows):
+                        yield self._sample(batch, at, f"{uri}#{row}", f"{item.id}#{row}")
+                        row += 1
             except (pa.ArrowException, OSError) as error:
-                reason = f"parquet_damaged: after row {row} it cannot be read ({_line(error)})"
-                yield Bad.of(uri, f"{item.id}#", reason)
-                return
-            if batch is None:
-                return
-            for at in range(batch.num_rows):
-                yield self._sample(batch, at, f"{uri}#{row}", f"{item.id}#{row}")
-                row += 1
+                # The other row groups may be whole.
+                reason = f"parquet_damaged: row group {number} cannot be read ({_line(error)})"
+                for lost in range(row, min(start, row + _MAX_LOST_ROWS)):
+                    yield Bad.of(f"{uri}#{lost}", f"{item.id}#{lost}", reason)
 
     def _sample(self, batch: pa.RecordBatch, at: int, uri: str, name: str) -> Sample | Bad:
-        sample_id = str(_value(batch, self.id, at)) if self.id else name
+        given = _value(batch, self.id, at) if self.id else None
+        sample_id = name if given in (None, "") else str(given)
         image = _value(batch, self.image, at)
         if not isinstance(image, bytes):
             # The Hugging Face struct may name a file instead; opening it could reach anywhere.
@@ -214,6 +221,13 @@ def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
         return tuple(str(name) for name in names)
     except (KeyError, TypeError, ValueError, AttributeError):
         return ()
+
+
+def _batch_rows(group: Any) -> int:
+    """Return how many rows of a row group are decoded at a time."""
+    mean = group.total_byte_size // max(1, group.num_rows)
+    rows: int = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, mean)))
+    return rows
 
 
 def _label_column(file: pq.ParquetFile, column: str) -> pa.ChunkedArray | None:

@@ -21,7 +21,8 @@ def read_ahead(
     items: Iterable[T], read: Callable[[T], bytes | Bad]
 ) -> Iterator[tuple[T, bytes | Bad]]:
     """Yield each item with what `read` returns for it."""
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    pool = ThreadPoolExecutor(_READ_THREADS)
+    try:
         pending = collections.deque[tuple[T, Future[bytes | Bad]]]()
         for item in items:
             pending.append((item, pool.submit(read, item)))
@@ -31,6 +32,8 @@ def read_ahead(
         while pending:
             first, future = pending.popleft()
             yield first, future.result()
+    finally:  # whoever leaves early, for an error too, does not wait for what nobody reads
+        pool.shutdown(cancel_futures=True)
 
 
 def read_image(uri: str, sample_id: str, size: int | None) -> bytes | Bad:
@@ -44,6 +47,8 @@ def read_image(uri: str, sample_id: str, size: int | None) -> bytes | Bad:
     Raises:
         StorageError: something other than a missing or forbidden file went wrong.
     """
+    if storage.is_remote(uri) and "//" in uri.partition("://")[2]:
+        return Bad.of(uri, sample_id, "bad_name: its key has `//`, which is no path")
     try:
         found = storage.size(uri) if size is None else size
         if found is not None and found > base.UNIT_BYTES:

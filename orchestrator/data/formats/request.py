@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator import storage
 from orchestrator.config import UserError
-from orchestrator.data.formats.labels import Labels, infer, is_named
+from orchestrator.data.formats.labels import BadLabel, Labels, infer, is_named
 from orchestrator.data.index import LabelKind
 
 # Taken for the label where nothing was said, the first that is there.
@@ -58,7 +58,7 @@ class Request:
             names: class names that the source itself gives to its numbers.
 
         Raises:
-            UserError: a kind was asked for, but there are no labels.
+            UserError: a kind was asked for, but there are no labels, or they do not fit it.
         """
         found = list(values)
         classes = self.classes or tuple(names)
@@ -74,7 +74,13 @@ class Request:
         kind, named = infer(found, classes=classes)
         if self.label_kind is not None and self.label_kind != kind:
             kind = self.label_kind
-            named = is_named(kind, found, classes)
+            try:
+                named = is_named(kind, found, classes)
+            except BadLabel as error:
+                raise UserError(
+                    f"--label-kind {kind} does not fit column {column!r} ({error}); name another "
+                    "kind, or another column with --label-column."
+                ) from error
         if kind == "none":
             return Labels("none")
         known = classes if kind in ("class", "multi") else ()

@@ -13,6 +13,8 @@ from orchestrator.data.formats.sequential import Sequential
 _BLOCK = 512
 # Of a PAX header or a GNU long name.
 _MAX_HEADER_BYTES = 1 << 20
+# Honest members have at most four: a global one, a PAX one, a long name and a long link.
+_MAX_EXTENDED = 16
 _GZIP_START = b"\x1f\x8b"
 _FILES = (b"0", b"\0", b"7")
 _NO_DATA = {
@@ -49,7 +51,7 @@ def members(stream: Sequential, size: int) -> Iterator[Member]:
     Raises:
         BadTar: a header is damaged or promises more bytes than there are.
     """
-    at, extended = 0, dict[str, str]()
+    at, extended, count = 0, dict[str, str](), 0
     while at < size:
         stream.seek(at)
         header = stream.read_exactly(_BLOCK)
@@ -61,6 +63,9 @@ def members(stream: Sequential, size: int) -> Iterator[Member]:
         _check_sum(header, at)
         kind, length = header[156:157], _number(header[124:136], at)
         if kind in (b"x", b"g", b"L", b"K"):
+            count += 1
+            if count > _MAX_EXTENDED:
+                raise BadTar(f"tar_damaged: too many extended headers before byte {at}")
             extended |= _extension(stream, kind, _inside(at, length, size))
             at += _BLOCK + _padded(length)
             continue
@@ -73,7 +78,7 @@ def members(stream: Sequential, size: int) -> Iterator[Member]:
             raise BadTar(f"tar_truncated: the member at byte {at} ends at {end}, after the archive")
         stream.seek(data)
         yield _member(header, kind, length, extended)
-        at, extended = data + _padded(length), {}
+        at, extended, count = data + _padded(length), {}, 0
 
 
 def _inside(at: int, length: int, size: int) -> int:
@@ -86,7 +91,7 @@ def _inside(at: int, length: int, size: int) -> int:
 
 def _member(header: bytes, kind: bytes, length: int, extended: dict[str, str]) -> Member:
     name = extended.get("path") or _header_name(header)
-    sparse = kind == b"S" or any(key.startswith("GNU.sparse.") for key in extended)
+    sparse = kind == b"S" or _SPARSE in extended
     if kind in _FILES and not sparse:
         return Member(name, length, "folder" if name.endswith("/") else "file")
     if kind == b"5":
@@ -164,7 +169,9 @@ def _pax(content: bytes) -> dict[str, str]:
             raise BadTar("tar_damaged: a PAX header has a record of the wrong length")
         if key == b"size" and not (value.isdigit() and len(value) < 20):
             raise BadTar(f"tar_damaged: a PAX header has the size {value[:20]!r}")
-        if key in (b"path", b"size") or key.startswith(b"GNU.sparse."):
+        if key in (b"path", b"size"):
             found[_text(key)] = _text(value)
+        elif key.startswith(b"GNU.sparse."):
+            found[_SPARSE] = ""  # one for all: there may be 100,000 keys
         at += length
     return found

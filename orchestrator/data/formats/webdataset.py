@@ -88,7 +88,7 @@ class TarShards:
             for group in self._groups(item, images=False):
                 if isinstance(group, _Group):
                     try:
-                        found.names.update(self.labels.names(self._raw(group)))
+                        found.merge(Survey(names=set(self.labels.names(self._raw(group)))))
                     except BadLabel:
                         continue  # reading leaves the sample out
         return found

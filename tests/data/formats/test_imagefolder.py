@@ -8,6 +8,7 @@ from orchestrator import storage
 from orchestrator.config import UserError
 from orchestrator.data.formats import base
 from orchestrator.data.formats.base import File, Unit
+from orchestrator.data.formats.files import list_files
 from orchestrator.data.formats.imagefolder import find_classes, find_cuts, open_folder
 from orchestrator.data.units import Lister
 from orchestrator.stores import s3
@@ -82,8 +83,8 @@ def test_nested_files_are_listed_and_hidden_ones_are_not(tmp_path):
         storage.write_atomic(storage.join(root, name), b"x")
     (unit,) = all_units(root)
     assert sorted(unit.items, key=lambda f: f.id) == [
-        File("cat/a.png", 1, 0),
-        File("cat/day/b.png", 1, 0),
+        File(name, 1, 0, storage.etag(storage.join(root, name)))
+        for name in ("cat/a.png", "cat/day/b.png")
     ]
 
 
@@ -92,6 +93,27 @@ def test_units_are_cut_by_bytes(make_tree, monkeypatch):
     monkeypatch.setattr(base, "UNIT_BYTES", 3 * max(map(len, files.values())))
     assert all(len(unit.items) <= 4 for unit in all_units(root))
     assert sum(len(unit.items) for unit in all_units(root)) == 10
+
+
+def test_keys_with_an_empty_part_are_no_class_and_no_container(monkeypatch):
+    # The pages as S3 answers: the server of the tests cannot store such keys.
+    def pages(bucket, prefix, *, delimiter, after=""):
+        keys = ["src//a.tar", "src//dog/2.png", "src/cat/1.png"]
+        below = [key for key in keys if key.startswith(prefix)]
+        folders = sorted({f"{prefix}{key[len(prefix) :].partition('/')[0]}/" for key in below})
+        files = [{"Key": key, "Size": 1, "ETag": '"1"'} for key in below]
+        yield (
+            {"CommonPrefixes": [{"Prefix": f} for f in folders]}
+            if delimiter
+            else {"Contents": files}
+        )
+
+    monkeypatch.setattr(s3, "list_pages", pages)
+    said = []
+    assert find_classes("s3://b/src", said.append) == ["cat"]
+    assert said == ["left out what lies below s3://b/src//: its class would have no name"]
+    with pytest.raises(UserError, match=r"src//a.tar has `//` in its key"):
+        list(list_files("s3://b/src", (".tar",)))
 
 
 @pytest.mark.slow

@@ -148,6 +148,7 @@ def test_a_missing_image_is_one_bad_sample(tmp_path):
         ("x.jsonl", b'{"uri": "a"}\n{"uri', "after row 1"),
         ("x.jsonl", b'{"uri": "' + b"a" * (2 << 20), "more than 1048576 characters"),
         ("x.csv", b'"' + b"a" * (2 << 20), "after row 0"),
+        ("x.csv", b"uri,label\n" + b"," * (2 << 20), "more than 1048576 characters"),
     ],
 )
 def test_a_damaged_manifest_is_refused_with_the_row(tmp_path, name, content, message):
@@ -156,6 +157,44 @@ def test_a_damaged_manifest_is_refused_with_the_row(tmp_path, name, content, mes
         list(open_manifests(f"{tmp_path}/{name}", Request()).items(0))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_damaged_page_of_a_parquet_manifest_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    rows = [{"uri": f"{i:09d}.png"} for i in range(1000)]
+    pq.write_table(pa.Table.from_pylist(rows), buffer, compression="zstd", use_dictionary=False)
+    content = bytearray(buffer.getvalue())
+    start = content.index(bytes.fromhex("28b52ffd"))
+    content[start : start + 40] = bytes(40)
+    storage.write_atomic(f"{tmp_path}/x.parquet", bytes(content))
+    with pytest.raises(UserError, match="after row 0"):
+        open_manifests(f"{tmp_path}/x.parquet", Request())
+
+
+def test_relative_rows_lie_beside_their_own_manifest(tmp_path):
+    for name in "ab":
+        storage.write_atomic(f"{tmp_path}/{name}/x.png", encode_png(ord(name)))
+        storage.write_atomic(f"{tmp_path}/{name}/list.csv", as_csv([{"uri": "x.png", "id": name}]))
+    samples, bad = read_samples(open_manifests(str(tmp_path), Request()))
+    assert bad == []
+    assert {s.id: s.image for s in samples} == {name: encode_png(ord(name)) for name in "ab"}
+
+
+def test_a_relative_prefix_is_relative_to_where_pack_runs(tmp_path, monkeypatch):
+    storage.write_atomic(f"{tmp_path}/elsewhere/x.png", encode_png(7))
+    monkeypatch.chdir(tmp_path)
+    rows = [{"uri": f"{tmp_path}/elsewhere/x.png", "label": 1}]
+    samples, _ = read_samples(write(tmp_path / "set", rows, allow=("elsewhere",)))
+    assert samples[0].image == encode_png(7)
+
+
+@pytest.mark.parametrize("scheme", ["https", "s3"])
+def test_secrets_of_a_signed_url_are_not_shown(tmp_path, scheme):
+    uri = f"{scheme}://me:hunter2@host/x.png?signature=hunter2#hunter2"
+    source = write(tmp_path, [{"uri": uri, "label": 1, "id": "x"}])
+    with pytest.raises(UserError, match=rf"row 1 names '{scheme}://host/x.png'") as caught:
+        list(source.items(0))
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ def test_the_struct_and_the_class_names_of_hugging_face(tmp_path):
         ([1, -1] * 20, "class", 1, "it has the label -1"),
         ([None, *[1] * 39], "class", 1, "1 rows have no label"),
         ([["cat"], ["dog"]] * 20, "multi", (0,), "not lists of class numbers"),
+        (["cat", " cat"] * 20, "class", 0, "labels of nothing, or with spaces around"),
         (["1", "0"] * 20, "class", 1, "its labels are of type string"),
     ],
 )
@@ -113,7 +114,7 @@ def test_files_of_another_schema_and_damaged_ones_are_named(tmp_path):
         look(tmp_path)
 
 
-def test_damage_inside_a_file_leaves_out_its_rest(tmp_path):
+def test_damage_inside_a_row_group_leaves_out_its_rows_and_no_others(tmp_path):
     location = f"{tmp_path}/a.parquet"
     noise = [encode_png(i, side=200) for i in range(N)]
     write_parquet(location, {"image": noise, "label": [1] * N})
@@ -123,8 +124,16 @@ def test_damage_inside_a_file_leaves_out_its_rest(tmp_path):
     content[at : at + 30] = b"\xff" * 30  # the header of a page
     storage.write_atomic(location, bytes(content))
     samples, bad = read_samples(look(tmp_path)[0])
-    assert len(samples) < N
-    assert [b.reason.partition(":")[0] for b in bad] == ["parquet_damaged"]
+    assert [s.id for s in samples] == [f"a.parquet#{i}" for i in (*range(16), *range(32, N))]
+    assert [b.id for b in bad] == [f"a.parquet#{i}" for i in range(16, 32)]
+    assert {b.reason.partition(":")[0] for b in bad} == {"parquet_damaged"}
+
+
+def test_a_row_without_an_id_is_called_by_its_place(tmp_path):
+    ids = [None, "", *(f"k{i}" for i in range(2, N))]
+    write_parquet(f"{tmp_path}/a.parquet", {"image": IMAGES, "id": ids})
+    found = [s.id for s in read_samples(look(tmp_path)[0])[0]]
+    assert found == ["a.parquet#0", "a.parquet#1", *ids[2:]]
 
 
 def test_the_columns_that_the_user_names(tmp_path):

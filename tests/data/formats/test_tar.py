@@ -93,6 +93,7 @@ def test_a_pax_size_is_believed_only_within_the_archive(tmp_path):
     ("content", "message"),
     [
         (pax(b"99 path=x\n"), "a record of the wrong length"),
+        (pax(record(b"path", b"x"))[:1024] * 17, "too many extended headers"),
         (pax(b"x" * 40), "a record of the wrong length"),
         (special(tarfile.XHDTYPE, size=1 << 33), "claims 8589934592 bytes"),
         (special(tarfile.GNUTYPE_LONGNAME, size=4096), "ends inside the extended header"),
