@@ -74,7 +74,8 @@ def test_shards_have_the_schema_and_row_groups_of_the_chosen_size(packed):
         assert set(groups[:-1]) <= {chosen.chunk_rows}
         assert file.schema_arrow.equals(SHARD_SCHEMA)
         assert os.path.getsize(f"{out}/{shard.path}") == shard.bytes
-        checksums = file.read(columns=["checksum"])["checksum"].to_pylist()
+        table = file.read(columns=["id", "label", "checksum"])
+        checksums = table["checksum"].to_pylist()
         named = zip(table["id"].to_pylist(), table["label"].to_pylist(), checksums, strict=True)
         content = b"".join(
             c.to_bytes(8, "little") + json.dumps([i, label]).encode() for i, label, c in named
