@@ -170,6 +170,12 @@ def test_names_say_what_is_inside() -> None:
     assert [s for s in stems if VAGUE_WORDS & set(s.lower().split("_"))] == []
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    # pytest imports them by their bare names: the second stops the whole run.
+    stems = [path.stem for path in python_files("tests")]
+    assert sorted(stems) == sorted(set(stems))
+
+
 def test_only_the_command_line_prints() -> None:
     printing = []
     for path in python_files("orchestrator"):
