@@ -195,7 +195,7 @@ def child(seed: int, start: int, stop: int) -> int:
         began = time.process_time()
         try:
             said = outcome(image, hash_key(seed, index))
-        except Exception as error:
+        except Exception as error:  # what is looked for: anything but BadImage is a finding
             said = f"{type(error).__name__}: {error}"[:300].replace("\n", " ")
         spent = time.process_time() - began
         line = {"at": index, "kind": name, "said": said, "s": round(spent, 3), "mib": peak_mib()}

@@ -89,7 +89,7 @@ def _build(entry: dict[str, Any], place: int) -> Transform:
         ) from error
     try:
         built: Transform = found(**args)
-    except Exception as error:
+    except Exception as error:  # the user's constructor may raise anything
         raise UserError(
             f"{name}.init_args={args!r} do not fit {path} ({_describe(error)}); change them."
         ) from error
