@@ -29,6 +29,10 @@ class Current:
     """What its mean loss is multiplied with; 0 for a stand-in."""
     loss_samples: int
     """Samples that count: 0 for a stand-in."""
+    starts_step: bool
+    """Whether it is this worker's first micro-batch of an optimizer step."""
+    ends_step: bool
+    """Whether it is the last."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +138,15 @@ class Loader:
                 # Let Ray Data see the end of its blocks, and clean up while Ray lives.
                 next(self._batches, None)
             good = len(batch.ids)
-            current = Current(batch, self.batching.loss_weight(batch.micro, good), good)
+            accumulation = self.batching.accumulation
+            turn = batch.micro // self.batching.num_workers % accumulation
+            current = Current(
+                batch=batch,
+                weight=self.batching.loss_weight(batch.micro, good),
+                loss_samples=good,
+                starts_step=turn == 0,
+                ends_step=turn == accumulation - 1,
+            )
             if good:
                 self._stand_in, self._stand_in_labels = batch.pixels, batch.labels
                 yield current, batch

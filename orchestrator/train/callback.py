@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,18 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 from orchestrator.config import UserError
 from orchestrator.data.loader import Loader
 from orchestrator.overrides import config_digest
-from orchestrator.progress import Progress
 from orchestrator.run import append_event
 from orchestrator.train import checkpoint, state
 from orchestrator.train.commit import Committer
 from orchestrator.train.journal import Consumed, Metrics, RunFacts
 from orchestrator.train.pace import Pace, Schedule
 from orchestrator.train.place import Place
+from orchestrator.train.posting import Poster
 from orchestrator.train.saver import open_books
 from orchestrator.train.strategy import sync_buffers
 from orchestrator.train.tally import Tally, TooManyBadImages, gather
 
 _LOG_EVERY_STEPS = 5
-_POST_EVERY_S = 0.5
 # A chunk of some MB takes a fraction of a second; one that takes this long is named.
 _SLOW_READ_S = 10.0
 # How long a save that is under way may hold up the end of a run, and that of a failing one.
@@ -66,7 +64,7 @@ class Recorder(pl.callbacks.Checkpoint):
         self._schedule = Schedule(self._config.train.checkpoint.every_seconds, step=self.step)
         self._place = Place(loader.batching, facts.samples_per_epoch)
         self._tally = Tally(max_bad_fraction=self._config.data.max_bad_fraction)
-        self._posted = 0.0
+        self._poster = Poster(facts, loader.batching, self._pace)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state: model and optimizers exist and sit on their device by now."""
@@ -75,7 +73,7 @@ class Recorder(pl.callbacks.Checkpoint):
         manifest, folder = self._resumed or (None, None)
         if folder is not None:
             state.restore_state(trainer, folder)
-        state.set_progress(trainer, step=self.step, epoch=self._epoch)
+        state.set_progress(trainer, step=self.step, epoch=self.epoch)
         self._metrics = Metrics(folder)
         self._committer = Committer(
             self._facts.run,
@@ -107,11 +105,13 @@ class Recorder(pl.callbacks.Checkpoint):
             append_event(self._facts.run, "training", step=self.step, workers=trainer.world_size)
 
     @property
-    def _epoch(self) -> int:
+    def epoch(self) -> int:
+        """The epoch that the next step begins in."""
         return self._place.epoch(self.step)
 
     @property
-    def _position(self) -> int:
+    def position(self) -> int:
+        """Samples of the stream that the steps so far consumed."""
         return self._place.position(self.step)
 
     @property
@@ -125,7 +125,7 @@ class Recorder(pl.callbacks.Checkpoint):
         """Key the step's random numbers."""
         current = self._loader.current
         assert current is not None
-        if current.batch.micro // trainer.world_size % self._loader.batching.accumulation == 0:
+        if current.starts_step:
             state.seed_step(self._config.seed, self.step, trainer.global_rank)
 
     def on_train_batch_end(
@@ -145,7 +145,7 @@ class Recorder(pl.callbacks.Checkpoint):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None and current.loss_samples:
             self._tally.add_loss(loss, current.loss_samples, accumulation=accumulation)
-        if current.batch.micro // trainer.world_size % accumulation != accumulation - 1:
+        if not current.ends_step:
             return
         self.step += 1
         if self.step % _LOG_EVERY_STEPS == 0 or self._place.ends_epoch(self.step):
@@ -159,7 +159,7 @@ class Recorder(pl.callbacks.Checkpoint):
         if trainer.global_rank == 0:
             lr = trainer.optimizers[0].param_groups[0]["lr"]
             values = {"train_loss": self._tally.mean_loss or 0.0, "lr": lr}
-            self._metrics.add(values, step=self.step, epoch=self._epoch, samples=self._position)
+            self._metrics.add(values, step=self.step, epoch=self.epoch, samples=self.position)
             self._say_slow_reads()
         if problem is not None:
             gathered = gather(trainer, self._consumed.bad)
@@ -196,7 +196,7 @@ class Recorder(pl.callbacks.Checkpoint):
         assert self._validation is not None
         assert self._validation.current is not None
         bad = self._validation.current.batch.bad
-        self._consumed.bad += [{**entry, "epoch": self._epoch} for entry in bad]
+        self._consumed.bad += [{**entry, "epoch": self.epoch} for entry in bad]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restart the clocks: validation is no training time.
@@ -222,11 +222,11 @@ class Recorder(pl.callbacks.Checkpoint):
         }
         done = self._done(trainer)
         self._commit(trainer, metrics=metrics, done=done, must=True)
-        at = {"epoch": self._epoch, "step": self.step, "samples_seen": self._position}
+        at = {"epoch": self.epoch, "step": self.step, "samples_seen": self.position}
         ray.train.report({**metrics, **at, "done": done})
         if trainer.global_rank == 0:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self._facts.board.say.remote(f"epoch {self._epoch}: {shown}")
+            self._facts.board.say.remote(f"epoch {self.epoch}: {shown}")
 
     def _done(self, trainer: pl.Trainer) -> str:
         stopper = trainer.early_stopping_callback
@@ -242,7 +242,7 @@ class Recorder(pl.callbacks.Checkpoint):
     ) -> None:
         self._pace.stop()
         self._post(trainer, "saving", now=True)
-        at = {"step": self.step, "epoch": self._epoch, "samples": self._position}
+        at = {"step": self.step, "epoch": self.epoch, "samples": self.position}
         self._metrics.add(metrics, **at)
         self._committer.save(
             self._point(trainer, metrics, done),
@@ -260,8 +260,8 @@ class Recorder(pl.callbacks.Checkpoint):
         facts = self._facts
         return checkpoint.Manifest(
             step=self.step,
-            position=self._position,
-            epoch=self._epoch,
+            position=self.position,
+            epoch=self.epoch,
             metrics=metrics,
             done=done,
             world_size=trainer.world_size,
@@ -274,22 +274,6 @@ class Recorder(pl.callbacks.Checkpoint):
         )
 
     def _post(self, trainer: pl.Trainer, phase: str, *, now: bool = False) -> None:
-        moment = time.perf_counter()
-        if trainer.global_rank != 0 or (moment - self._posted < _POST_EVERY_S and not now):
-            return
-        self._posted = moment
-        batching = self._loader.batching
-        rate = self._pace.steps_per_s(self.step)
-        progress = Progress(
-            phase=phase,
-            run=self._config.name,
-            step=self.step,
-            steps=batching.num_steps,
-            epoch=self._epoch,
-            epochs=self._config.train.max_epochs,
-            loss=self._tally.mean_loss,
-            images_per_s=rate * batching.step_samples or None,
-            wait_share=self._pace.wait_share,
-            eta_s=(batching.num_steps - self.step) / rate if rate else None,
-        )
-        self._facts.board.post.remote(progress)
+        if trainer.global_rank == 0:
+            loss = self._tally.mean_loss
+            self._poster.post(phase, step=self.step, epoch=self.epoch, loss=loss, now=now)

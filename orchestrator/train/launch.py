@@ -23,20 +23,17 @@ from orchestrator.run import (
     append_event,
     check_same_run,
     open_run,
-    read_events,
-    read_result,
     run_uri,
-    write_result,
 )
-from orchestrator.train import checkpoint, choose, preflight
+from orchestrator.train import choose, preflight
 from orchestrator.train.capacity import Memory, check_memory
+from orchestrator.train.job import Job
 from orchestrator.train.mistakes import StopAtMistakes
+from orchestrator.train.outcome import close_run, result_of
 from orchestrator.train.precision import Choice
-from orchestrator.train.worker import Job, train_worker
+from orchestrator.train.worker import train_worker
 
 ERROR_FILE = "error.txt"
-# What reading the images asked of buckets, of the counts that a manifest carries.
-_STORAGE = ("requests", "retries", "bytes", "waited_s")
 
 
 class TrainingFailed(RuntimeError):
@@ -104,7 +101,7 @@ def fit(
     strategy = check(config)
     run = run_uri(config)
     if preflight.is_finished(config, run):
-        return RunResult(run, _result_of(run, config))
+        return RunResult(run, result_of(run, config))
     cluster.connect(verbose=verbose)
     resources = preflight.cluster_resources()
     preflight.check_resources(config, resources, may_grow=cluster.may_grow())
@@ -127,7 +124,7 @@ def fit(
             import_paths=cluster.import_paths(),
         )
         _run_trainer(job, verbose=verbose, callbacks=callbacks)
-    return RunResult(run, _write_result(run, config, wall_s=time.monotonic() - began))
+    return RunResult(run, close_run(run, config, wall_s=time.monotonic() - began))
 
 
 def _check_memory(config: Config, *, share: int) -> None:
@@ -211,48 +208,3 @@ def _explained(run: str) -> Any:
             f"training failed: {line} (trace: {storage.join(run, ERROR_FILE)}); submit the same "
             "command again to go on from the last checkpoint."
         ) from error
-
-
-def _result_of(run: str, config: Config) -> dict[str, Any]:
-    """Return the result of a run that has ended, written again where it is missing or torn."""
-    with contextlib.suppress(ValueError):
-        if result := read_result(run):
-            return result
-    return _write_result(run, config, wall_s=0.0)
-
-
-def _write_result(run: str, config: Config, *, wall_s: float) -> dict[str, Any]:
-    manifests = checkpoint.list_manifests(run)
-    monitor, mode = checkpoint.monitored(config.train.early_stopping)
-    last = manifests[-1]
-    best = checkpoint.best_of(manifests, monitor=monitor, mode=mode) or last
-    events = read_events(run)
-    starts = [event for event in events if event["event"] == "training"]
-    decided: dict[str, Any] = next(
-        (event for event in reversed(events) if event["event"] == "decided"), {}
-    )
-    train_s = max(last.stats["train_s"], 1e-9)
-    result = {
-        "run": run,
-        "stop_reason": last.done,
-        "epochs": last.epoch,
-        "steps": last.step,
-        "samples_seen": last.position,
-        "best": {**best.metrics, "step": best.step, "epoch": best.epoch},
-        "final": last.metrics,
-        "images_per_s": last.position / train_s,
-        "data_wait_share": last.stats["wait_s"] / train_s,
-        "restarts": max(0, len(starts) - 1),
-        "quarantined": int(last.stats["bad"]),
-        "storage": {name: last.stats.get(name, 0) for name in _STORAGE},
-        "wall_s": wall_s,
-        "workers": last.world_size,
-        "decisions": {
-            "precision": decided.get("precision"),
-            "strategy": decided.get("strategy"),
-            "decode_slots": decided.get("decode_slots"),
-        },
-    }
-    write_result(run, result)
-    append_event(run, "finished", stop_reason=last.done, step=last.step)
-    return result
