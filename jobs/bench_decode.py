@@ -25,10 +25,10 @@ import simplejpeg
 from photographs import HEIGHT, WIDTH, write_photograph
 from PIL import Image
 
-from orchestrator.data import jpeg
-from orchestrator.data.check import check_image
-from orchestrator.data.crop import Crop, random_crop
-from orchestrator.data.decode import decode
+from orchestrator.data.images import jpeg
+from orchestrator.data.images.check import check_image
+from orchestrator.data.images.crop import Crop, random_crop
+from orchestrator.data.images.decode import decode
 from orchestrator.data.stream import hash_key
 
 Pixels = npt.NDArray[np.uint8]

@@ -40,7 +40,7 @@ from orchestrator.data.device import ToDevice
 from orchestrator.data.feeds import Feed
 from orchestrator.data.index import Index
 from orchestrator.data.loader import Loader, Opened
-from orchestrator.data.pack import pack
+from orchestrator.data.packing.pack import pack
 from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
 
 MEMORY_POLL_S = 0.25

@@ -25,10 +25,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from orchestrator.data.bad import BadImage
-from orchestrator.data.check import check_image
-from orchestrator.data.crop import random_crop
-from orchestrator.data.decode import decode
+from orchestrator.data.images.bad import BadImage
+from orchestrator.data.images.check import check_image
+from orchestrator.data.images.crop import random_crop
+from orchestrator.data.images.decode import decode
 from orchestrator.data.stream import hash_key
 
 LIMIT_S = 1.0

@@ -63,7 +63,7 @@ def pack(argv: Sequence[str]) -> int:
         raise UserError("orchestrator pack needs --source; see orchestrator pack --help.")
     # pyarrow and Ray take a second to import.
     from orchestrator.data.formats.request import Request, read_classes
-    from orchestrator.data.pack import pack as write_shards
+    from orchestrator.data.packing.pack import pack as write_shards
 
     request = Request(
         format=args.format or "",
@@ -118,7 +118,7 @@ def _pack_parser() -> argparse.ArgumentParser:
 
 
 def _verify(out: str, *, verbose: bool) -> int:
-    from orchestrator.data.verify import verify
+    from orchestrator.data.packing.verify import verify
 
     found = verify(out, say=_say, verbose=verbose)
     rows = [("images", f"{found.samples:,}"), ("bad", f"{found.num_bad:,}")]

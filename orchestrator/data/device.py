@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from orchestrator.config import DataConfig
-from orchestrator.data import augment
-from orchestrator.data.augment_boxes import Mix
+from orchestrator.data.augmentation import augment
+from orchestrator.data.augmentation.boxes import Mix
 from orchestrator.data.batch import MicroBatch
 from orchestrator.data.index import LabelKind
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 from orchestrator import storage
 from orchestrator.config import DataConfig
 from orchestrator.data import fetch, plan
-from orchestrator.data.crop import Crop, center_crop, random_crop
-from orchestrator.data.decode import BadImage, decode
 from orchestrator.data.fetch import Cost, Layout, Sample, Work
+from orchestrator.data.images.crop import Crop, center_crop, random_crop
+from orchestrator.data.images.decode import BadImage, decode
 from orchestrator.data.stream import hash_key
 
 _LABEL_TYPES = {

@@ -7,7 +7,8 @@ import ray
 import torch
 
 from orchestrator.config import ClassWeights, Config, UserError
-from orchestrator.data import augment, balance
+from orchestrator.data import balance
+from orchestrator.data.augmentation import augment
 from orchestrator.data.index import Index
 from orchestrator.data.sources import read_data, verify_data
 from orchestrator.train import checkpoint, model

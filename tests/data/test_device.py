@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from photographs import micro_batch
+from pictures import micro_batch
 
 from orchestrator.config import DataConfig
 from orchestrator.data.batch import MicroBatch

@@ -16,7 +16,7 @@ from orchestrator import storage
 from orchestrator.data.formats.base import File, encode_id
 from orchestrator.data.formats.files import file_split
 from orchestrator.data.formats.labels import Labels
-from orchestrator.data.settings import PackSettings
+from orchestrator.data.packing.settings import PackSettings
 
 MAX_GROUP_BYTES = 64 << 20
 MIN_GROUP_ROWS = 16

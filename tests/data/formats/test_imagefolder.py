@@ -10,7 +10,7 @@ from orchestrator.data.formats import base
 from orchestrator.data.formats.base import File, Unit
 from orchestrator.data.formats.files import list_files
 from orchestrator.data.formats.imagefolder import find_classes, find_cuts, open_folder
-from orchestrator.data.units import Lister
+from orchestrator.data.packing.units import Lister
 from orchestrator.stores import s3
 
 

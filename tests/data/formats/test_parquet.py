@@ -14,7 +14,7 @@ from orchestrator.data.formats.files import named_splits
 from orchestrator.data.formats.inplace import choose_splits
 from orchestrator.data.formats.parquet import open_parquet
 from orchestrator.data.formats.request import Request
-from orchestrator.data.settings import PackSettings
+from orchestrator.data.packing.settings import PackSettings
 
 N = 40
 IMAGES = [encode_png(i) for i in range(N)]
