@@ -32,10 +32,16 @@ def train(argv: Sequence[str]) -> int:
     if config is None:
         return 0
     # Torch and Ray take seconds to import; a wrong argument is answered before that.
-    from orchestrator.report import write_report
-    from orchestrator.train import launch
+    from orchestrator.train.startup import Startup, importing, process_began
 
-    outcome = launch.fit(config, verbose=verbose)
+    startup = Startup(process_began())
+    startup.mark("command")
+    with importing():
+        from orchestrator.train import launch
+    startup.mark("imports")
+    outcome = launch.fit(config, verbose=verbose, startup=startup)
+    from orchestrator.report import write_report
+
     report = write_report(outcome.run)
     print_table(f"run {config.name}", _run_rows(outcome.result))
     _say(f"report: {report}")
@@ -209,7 +215,22 @@ def _run_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("restarts", str(result["restarts"])),
         ("quarantined images", str(result["quarantined"])),
         *((name, str(why)) for name, why in result["decisions"].items()),
+        *_time_rows(result),
     ]
+
+
+def _time_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    if "time" not in result:
+        return []  # the run ended before runs were timed
+    parts = sorted(result["time"].items(), key=lambda part: -part[1])
+    whole = max(result["allocated_s"], 1e-9)
+    split = [f"{_in_words(part)} {s / whole:.0%}" for part, s in parts if s >= 0.005 * whole]
+    rows = [("time", ", ".join(split)), ("productive (ETTR)", f"{result['ettr'] or 0:.0%}")]
+    return [*rows, *([("verdict", result["verdict"])] if result["verdict"] else [])]
+
+
+def _in_words(part: str) -> str:
+    return {"wait": "waiting for data", "startup": "start-up"}.get(part, part.replace("_", " "))
 
 
 def print_evaluation(found: dict[str, Any]) -> None:

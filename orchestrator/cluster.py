@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.util import placement_group_table
 
 from orchestrator.config import UserError
 
@@ -37,6 +38,17 @@ def may_grow() -> bool:
     `get_cluster_config` reads is never written by its open-source autoscaler.
     """
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def groups_of_job() -> set[str]:
+    """Return the ids of the placement groups that this process's job holds or waits for."""
+    job = ray.get_runtime_context().get_job_id()
+    # An id ends with that of its job.
+    return {
+        number
+        for number, group in placement_group_table().items()
+        if group["state"] != "REMOVED" and number.endswith(job)
+    }
 
 
 def root_cause(error: BaseException) -> BaseException:

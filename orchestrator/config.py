@@ -130,6 +130,40 @@ class EarlyStoppingConfig:
     """Validations in a row without improvement before the run stops."""
     min_delta: float = 0.0
     """Smallest change that counts as an improvement."""
+    divergence_threshold: float | None = None
+    """Stop the run as diverged where the metric is worse than this; null: only where it is NaN or
+    infinite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BesideConfig:
+    """What validation beside training reserves, besides the workers' own CPUs and GPUs."""
+
+    cpus: float = 1.0
+    """CPUs of the process that validates; it reads and decodes in as many threads."""
+    gpus: float = 0.0
+    """GPUs of that process."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """When the model is validated besides each epoch's end, and where."""
+
+    every_samples: int | None = None
+    """Validate after the first step that passes a multiple of this many training samples."""
+    beside: BesideConfig | None = None
+    """Validate checkpoints in a process of its own while training goes on; null: the workers stop
+    training and validate."""
+
+    @property
+    def cpus(self) -> float:
+        """CPUs reserved besides those of the workers."""
+        return self.beside.cpus if self.beside else 0.0
+
+    @property
+    def gpus(self) -> float:
+        """GPUs reserved besides those of the workers."""
+        return self.beside.gpus if self.beside else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,22 +198,45 @@ class TrainConfig:
         default_factory=EarlyStoppingConfig
     )
     """null switches early stopping off."""
+    validate: ValidateConfig = dataclasses.field(default_factory=ValidateConfig)
+    """When and where the model is validated."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When checkpoints are committed and how many are kept."""
-    max_failures: int = 3
-    """Worker failures after which the run gives up; each restarts from the last checkpoint."""
+    max_failures: int = 8
+    """Failures within 24 hours that the run survives, each by a start from the last checkpoint; the
+    same one three times at one step always ends it, and preemptions do not count."""
+    loggers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Lightning loggers besides TensorBoard's, MLFlowLogger say: each {class_path, init_args}."""
+    hang_timeout_s: float = 120.0
+    """Seconds without a sign of life after which a worker counts as hanging: a failure."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
     """The only section that differs between a laptop and a cluster."""
 
-    num_workers: int = 1
-    """Ray Train workers (processes that hold a copy or a shard of the model)."""
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers (processes that hold a copy or a shard of the model); [min, max]: as many
+    as the nodes that are there hold, fewer when one leaves, more when one comes."""
     cpus_per_worker: float = 1.0
     """CPUs reserved for each worker."""
     gpus_per_worker: float = 0.0
     """GPUs reserved for each worker."""
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers that the run uses."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return not isinstance(self.num_workers, int)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,3 +281,11 @@ class Config:
     """On how many workers."""
     tune: TuneConfig | None = None
     """The sweep, where `orchestrator tune` reads this config."""
+
+    def reserved_cpus(self, num_workers: int) -> float:
+        """Return the CPUs that a run of so many workers reserves, validation beside it included."""
+        return num_workers * self.scaling.cpus_per_worker + self.train.validate.cpus
+
+    def reserved_gpus(self, num_workers: int) -> float:
+        """Return the same for GPUs."""
+        return num_workers * self.scaling.gpus_per_worker + self.train.validate.gpus

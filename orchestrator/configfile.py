@@ -96,6 +96,11 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if key.startswith("scaling.num_workers."):  # pydantic names the alternative it tried
+            raise UserError(
+                f"config key 'scaling.num_workers': {first['input']!r} is neither a whole number "
+                "nor two of them as in [2, 8]; change it."
+            ) from error
         raise UserError(
             f"config key {key!r}: {first['msg'].lower()}, but it is {first['input']!r}; change it "
             "(`orchestrator train --help` describes every key)."

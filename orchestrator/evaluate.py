@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from orchestrator import cluster, storage
-from orchestrator.config import Config, UserError
+from orchestrator.config import Config, TrainConfig, UserError
 from orchestrator.data import feeds
 from orchestrator.data.device import ToDevice
 from orchestrator.data.index import Index
@@ -59,7 +59,7 @@ def evaluate(
     cluster.connect(verbose=verbose)
     scaling = dataclasses.replace(config.scaling, num_workers=1)
     preflight.check_resources(
-        dataclasses.replace(config, scaling=scaling),
+        dataclasses.replace(config, scaling=scaling, train=TrainConfig()),
         preflight.cluster_resources(),
         may_grow=cluster.may_grow(),
     )

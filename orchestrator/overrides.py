@@ -24,7 +24,10 @@ _FREE_TO_CHANGE = (
     "train.early_stopping",
     "train.max_epochs",
     "train.max_failures",
+    "train.hang_timeout_s",
+    "train.loggers",
     "train.offload_optimizer",
+    "train.validate",
     "scaling",
     "tune",
 )

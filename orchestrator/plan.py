@@ -7,9 +7,11 @@ from orchestrator.config import Config
 from orchestrator.data.feeds import training_feed
 from orchestrator.data.index import Index
 from orchestrator.data.source import Placement
+from orchestrator.run import read_events, run_uri
 from orchestrator.train import choose, preflight
 from orchestrator.train.capacity import held_by_reading
 from orchestrator.train.memory import in_words
+from orchestrator.train.notice import NOTICE_MARGIN, NOTICE_S
 from orchestrator.train.size import Measured, Unmeasured, measure
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
@@ -64,7 +66,7 @@ def _memory(config: Config, measured: Measured, strategy: str) -> list[str]:
     columns = ("strategy", "weights", "gradients", "optimizer", "buffers", "a worker", limit)
     return [
         f"{config.model.class_path.rpartition('.')[2]}: {size.parameters:,} parameters, of which "
-        f"{size.optimizer} trains {size.trainable:,}, on {config.scaling.num_workers} workers "
+        f"{size.optimizer} trains {size.trainable:,}, on {config.scaling.min_workers} workers "
         "(activations come on top):",
         "",
         *_table(columns, rows),
@@ -78,22 +80,41 @@ def _checkpoint(config: Config, measured: Measured, strategy: str) -> str:
     name = "ddp" if strategy == "ddp" else "zero1"
     need = choose.needs_of(config, measured, num_workers=1)[name]
     states = need.optimizer or need.host
+    rate = NOTICE_MARGIN * (need.parameters + states) / NOTICE_S
     return (
         f"A checkpoint takes {in_words(need.parameters + states)}: {in_words(need.parameters)} of "
         f"weights, {in_words(states)} of optimizer states; the last "
-        f"{config.train.checkpoint.keep} and the best one are kept."
+        f"{config.train.checkpoint.keep} and the best one are kept. "
+        f"{_slow_save(config) or f'One made at a notice of {NOTICE_S:.0f} s fits it'}"
+        f" where the workers together write {in_words(rate)} a second."
+    )
+
+
+def _slow_save(config: Config) -> str:
+    """Return what an earlier start of the run has measured, where that was too slow."""
+    said = [event for event in read_events(run_uri(config)) if event["event"] == "slow_save"]
+    if not said:
+        return ""
+    return (
+        f"It took {said[-1]['save_s']:g} s to be saved, so that one made at a notice will not fit "
+        f"in {NOTICE_S:.0f} s; periodic interval lowered to {said[-1]['every_steps']} steps; it "
+        "would fit"
     )
 
 
 def _worlds(config: Config, index: Index, measured: Measured | None) -> list[str]:
-    own, rows = config.scaling.num_workers, []
-    for workers in sorted({*WORLD_SIZES, own}):
+    scaling, rows = config.scaling, []
+    own = {
+        scaling.max_workers: "this run, at most" if scaling.is_elastic else "this run",
+        scaling.min_workers: "this run, at least" if scaling.is_elastic else "this run",
+    }
+    for workers in sorted({*WORLD_SIZES, *own}):
         if workers > config.data.global_batch:
             break
-        scaling = dataclasses.replace(config.scaling, num_workers=workers)
-        there = dataclasses.replace(config, scaling=scaling)
+        fixed = dataclasses.replace(scaling, num_workers=workers)
+        there = dataclasses.replace(config, scaling=fixed)
         batching = training_feed(there, index, num_workers=workers).batching
-        row = [f"{workers} (this run)" if workers == own else str(workers)]
+        row = [f"{workers} ({own[workers]})" if workers in own else str(workers)]
         row += [str(-(-config.data.global_batch // batching.micro_batches))]
         row += [str(batching.accumulation)]
         if measured is not None:
@@ -109,7 +130,7 @@ def _reading(config: Config, index: Index) -> str:
     placement = Placement.choose(
         requested=config.data.decode_slots,
         cluster_cpus=os.cpu_count() or 1,
-        worker_cpus=scaling.num_workers * scaling.cpus_per_worker,
+        worker_cpus=config.reserved_cpus(scaling.max_workers),
     )
     held = held_by_reading(config, index, slots=placement.slots)
     return (

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -56,10 +57,39 @@ class Board:
         self._progress: Progress | None = None
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._num_said = 0
+        self._made_steps = False
+        self._stuck: dict[int, float] = {}
+        self._kept: dict[str, Any] = {}
 
     def post(self, progress: Progress) -> None:
         """Replace the progress that is shown."""
         self._progress = progress
+        self._made_steps = True
+
+    def start(self) -> None:
+        """Note that workers start: what is shown is of an earlier start."""
+        self._made_steps = False
+        self._stuck.clear()
+        if self._progress is not None:
+            self._progress = dataclasses.replace(self._progress, phase="starting")
+
+    def made(self) -> int | None:
+        """Return the step that is shown, or None where this start has made none."""
+        return self._progress.step if self._progress and self._made_steps else None
+
+    def stuck(self, rank: int, fresh_s: float) -> int:
+        """Note that a worker's step does not end; return how many said so within `fresh_s`."""
+        now = time.monotonic()
+        self._stuck[rank] = now
+        return sum(now - at <= fresh_s for at in self._stuck.values())
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a handle of something that the driver would have to clear away."""
+        self._kept[name] = value
+
+    def kept(self) -> dict[str, Any]:
+        """Return all that is kept, by name."""
+        return dict(self._kept)
 
     def say(self, line: str) -> None:
         """Show a line once, above the live line."""

@@ -55,6 +55,7 @@ def write_report(run: str) -> str:
         "name": name,
         "run": run,
         "outcome": describe_outcome(name, files.result, files.evaluation),
+        "verdict": files.result.get("verdict") or "",
         "failed": files.result.get("stop_reason") == "failed",
         "tables": list(build_tables(files)),
         "pictures_after": "Result",

@@ -111,6 +111,19 @@ def read_events(run: str) -> list[dict[str, Any]]:
     return events
 
 
+def failures_since_submission(run: str) -> list[dict[str, Any]]:
+    """Return error, cause, step and time (`at`, seconds since 1970) of each failure since then."""
+    events = read_events(run)
+    kinds = [event["event"] for event in events]
+    begun = max((i for i, kind in enumerate(kinds) if kind == "submitted"), default=-1)
+    return [
+        {key: event[key] for key in ("error", "cause", "step")}
+        | {"at": datetime.datetime.fromisoformat(event["time"]).timestamp()}
+        for event in events[begun + 1 :]
+        if event["event"] == "failure"
+    ]
+
+
 def write_result(run: str, result: Mapping[str, Any]) -> None:
     """Write `result.json`: its presence says that the run ended."""
     content = json.dumps(result, indent=1).encode()

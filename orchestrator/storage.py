@@ -127,6 +127,16 @@ def write_atomic(uri: str, content: bytes) -> None:
         _home(uri).write_atomic(uri, content)
 
 
+def create(uri: str, content: bytes) -> bool:
+    """Write `content` where nothing is; return whether that was so: of several writers one wins.
+
+    The content should be unlike any other writer's: a repeated request is known by it.
+    """
+    with explained(uri, "write"):
+        made: bool = (buckets if is_remote(uri) else local).create(uri, content)
+        return made
+
+
 def upload(source: Path, uri: str) -> None:
     """Copy a local file to `uri`, in parts where the target is a bucket and the file is large."""
     with explained(uri, "write"):

@@ -21,6 +21,18 @@ _STOP_REASONS = {
     "diverged": "diverged: the watched metric became NaN or infinite",
 }
 
+_PARTS = {
+    "wait": "waiting for data",
+    "forward_backward": "forward and backward",
+    "communication": "communication that steps wait for",
+    "optimizer": "optimizer",
+    "checkpoint": "checkpoints: pauses of the steps",
+    "validation": "validation",
+    "restart": "restarts, and steps done again",
+    "startup": "start-up, up to the first batch",
+    "other": "other: around the steps, and the end",
+}
+
 
 class Table(NamedTuple):
     """One section of the report."""
@@ -61,6 +73,8 @@ def describe_outcome(name: str, result: Mapping[str, Any], evaluation: Mapping[s
     if not result:
         return f"{name} has not finished" + (f"; so far {quality}." if quality else ".")
     after = f"after {result.get('epochs', '?')} epochs"
+    if result.get("epochs") == 0:
+        after = f"after {_number(result.get('steps'))} steps of the first epoch"
     if result.get("stop_reason") == "failed":
         return f"{name} failed {after}" + (
             f"; its best checkpoint has {quality}." if quality else "."
@@ -71,6 +85,8 @@ def describe_outcome(name: str, result: Mapping[str, Any], evaluation: Mapping[s
 def build_tables(files: RunFiles) -> Iterator[Table]:
     """Yield the sections of a report that there is something to say in."""
     yield Table("Result", ("", ""), list(_result_rows(files)))
+    if files.result.get("time"):
+        yield _time_table(files.result)
     metrics = _metric_rows(files.result)
     if metrics:
         yield Table("Metrics", ("metric", "best checkpoint", "at the end"), metrics)
@@ -88,12 +104,12 @@ def build_tables(files: RunFiles) -> Iterator[Table]:
 
 def _result_rows(files: RunFiles) -> Iterator[tuple[str, str]]:
     result, evaluation = files.result, files.evaluation
-    reason = result.get("stop_reason")
     rows = [
         ("Accuracy", _percent(evaluation.get("accuracy"))),
         ("Loss", _number(evaluation.get("loss"))),
         ("Measured on", _measured_on(evaluation)),
-        ("Stopped", _STOP_REASONS.get(str(reason), reason)),
+        ("Stopped", _stopped(result)),
+        ("Early stopping", _stopping(result.get("early_stopping") or {})),
         ("Epochs", _number(result.get("epochs"))),
         ("Steps", _number(result.get("steps"))),
         ("Best checkpoint", _checkpoint(files.best)),
@@ -103,10 +119,47 @@ def _result_rows(files: RunFiles) -> Iterator[tuple[str, str]]:
         ("Waiting for data", _percent(result.get("data_wait_share"))),
         ("Read from buckets", _traffic(result.get("storage") or {})),
         ("Restarts", _number(result.get("restarts"))),
+        ("Out of memory", _shrunk(result.get("micro_batch") or {})),
         ("Quarantined images", _number(files.num_quarantined)),
         ("Wall time", _duration(result.get("wall_s"))),
     ]
     return ((name, str(value)) for name, value in rows if value is not None)
+
+
+def _stopped(result: Mapping[str, Any]) -> str | None:
+    reason = result.get("stop_reason")
+    why = result.get("problem") or (result.get("early_stopping") or {}).get("reason")
+    return f"{reason}: {why}" if why else _STOP_REASONS.get(str(reason), reason)
+
+
+def _shrunk(found: Mapping[str, int]) -> str | None:
+    names = {"": "micro-batches", "eval_": "batches of evaluation"}
+    lowered = [
+        f"{name} of {found[f'{key}used']} samples in place of {found[f'{key}asked']}"
+        for key, name in names.items()
+        if found and found[f"{key}used"] < found[f"{key}asked"]
+    ]
+    return ", ".join(lowered) or None
+
+
+def _stopping(found: Mapping[str, Any]) -> str | None:
+    if found.get("best_step") is None:
+        return None
+    best = f"best {found['monitor']} {_metric(found['monitor'], found['best'])}"
+    return f"{best} at step {_number(found['best_step'])}, of {found['validations']} validations"
+
+
+def _time_table(result: Mapping[str, Any]) -> Table:
+    whole_s = max(result.get("allocated_s") or sum(result["time"].values()), 1e-9)
+    parts = [*result["time"].items(), ("unattributed", result.get("unattributed_s", 0.0))]
+    rows = [
+        (_PARTS.get(part, part), f"{seconds:,.1f}", f"{100 * seconds / whole_s:.1f} %")
+        for part, seconds in parts
+    ]
+    note = f"Of {whole_s:,.1f} s since the first allocation"
+    if result.get("ettr") is not None:
+        note += f", committed steps computed for {_percent(result['ettr'])} (ETTR)"
+    return Table("Time", ("part", "seconds", "share"), rows, f"{note}.")
 
 
 def _traffic(storage: Mapping[str, Any]) -> str | None:
@@ -203,6 +256,8 @@ def _duration(seconds: float | None) -> str | None:
 def _checkpoint(best: Mapping[str, Any]) -> str | None:
     if best.get("step") is None:
         return None
+    if best.get("epoch") == 0:
+        return f"step {_number(best['step'])}, within the first epoch"
     return f"step {_number(best['step'])}, epoch {_number(best.get('epoch'))}"
 
 

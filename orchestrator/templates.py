@@ -15,6 +15,10 @@ _MARKDOWN = """\
 # {{ name | cell }}
 
 {{ outcome | cell }}
+{% if verdict %}
+
+{{ verdict | cell }}
+{% endif %}
 {% for title, head, rows, note in tables %}
 
 ## {{ title }}
@@ -61,6 +65,7 @@ h2 { margin: 2.2rem 0 .6rem; font-size: 1.1rem; }
 p.outcome { margin: 0; padding: .75rem 1rem; border-left: 4px solid #1f77b4;
   background: #f3f7fb; font-size: 1.05rem; overflow-wrap: anywhere; }
 p.failed { border-color: #c0392b; background: #fdf3f2; }
+p.verdict { margin: .6rem 0 0; padding: 0 1rem; }
 p.note { color: #5c6b7a; margin: .3rem 0 .6rem; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: #5c6b7a; font-weight: 600; font-size: .85rem; }
@@ -74,6 +79,9 @@ footer { margin-top: 2.5rem; color: #8593a0; font-size: .85rem; overflow-wrap: a
 <body>
 <h1>{{ name }}</h1>
 <p class="outcome{{ ' failed' if failed }}">{{ outcome }}</p>
+{% if verdict %}
+<p class="verdict">{{ verdict }}</p>
+{% endif %}
 {% for title, head, rows, note in tables %}
 <h2>{{ title }}</h2>
 {% if note %}

@@ -38,6 +38,8 @@ class Faults:
     stall: float = 0.0
     """Half of the body comes, then nothing for `stall_s`."""
     stall_s: float = 60.0
+    delay_s: float = 0.0
+    """Every answer comes so much later, as from far away."""
     flip: float = 0.0
     """One byte of the body differs."""
     outage: bool = False
@@ -169,6 +171,7 @@ def _handler(proxy: FaultProxy) -> type[http.server.BaseHTTPRequestHandler]:
             access_key = signed[1] if signed else ""
             body = self._body()
             fault, status, code = proxy.decide(self.command, key, access_key)
+            time.sleep(proxy.faults.delay_s)
             host, ranged = self.headers.get("Host", ""), self.headers.get("Range", "")
 
             def note(status: int) -> None:

@@ -192,3 +192,18 @@ def test_the_runs_own_failure_passes_through(board: Any) -> None:
     with pytest.raises(RuntimeError, match="of the run"):
         run()
     assert out.getvalue() == "the last words\n"
+
+
+def test_a_board_knows_what_a_start_has_done() -> None:
+    board = Board()
+    board.start()
+    assert board.made() is None
+    board.post(Progress(phase="training", step=7))
+    assert board.made() == 7
+    assert [board.stuck(rank, 60.0) for rank in (0, 1, 1)] == [1, 2, 2]
+    assert board.stuck(2, 0.0) == 1
+    board.start()
+    assert board.made() is None
+    shown, _, _ = board.read(0)
+    assert shown == Progress(phase="starting", step=7)
+    assert board.stuck(0, 60.0) == 1

@@ -33,6 +33,7 @@ RESULT: dict[str, Any] = {
     "data_wait_share": 0.0312,
     "restarts": 1,
     "quarantined": 2,
+    "micro_batch": {"asked": 16, "used": 8, "eval_asked": 64, "eval_used": 64},
     "wall_s": 95.0,
     "decisions": {
         "precision": "32: this CPU has no bf16 instructions: it would be slower",
@@ -110,6 +111,7 @@ def test_a_report_says_what_happened(tmp_path: Path) -> None:
         assert "s3://bucket/dog/2.png" in text
         assert "worker 1 died" in text
         assert "restart: 1" in text
+        assert "micro-batches of 8 samples in place of 16" in text
     assert "| precision | 32 | this CPU has no bf16 instructions: it would be slower |" in markdown
     assert "| dog | 160 | 153 | 95.62 % |\n| cat | 200 | 199 | 99.50 % |" in markdown
     assert "| val_acc | 97.78 % | 97.22 % |" in markdown
@@ -278,3 +280,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"{name} is damaged .*delete it"):
         write_report(str(tmp_path))
     assert not (tmp_path / "report.md").exists()
+
+
+def test_a_run_that_stopped_within_its_first_epoch_says_why_and_when(tmp_path: Path) -> None:
+    write_run(tmp_path / "early")
+    stopping = {
+        "monitor": "val_loss", "mode": "min", "best": 0.25, "best_step": 40, "validations": 6,
+        "waited": 3, "reason": "3 validations in a row did not beat val_loss 0.25 of step 40",
+    }  # fmt: skip
+    best = {"val_loss": 0.25, "step": 40, "epoch": 0}
+    ended = {**RESULT, "epochs": 0, "steps": 90, "best": best, "early_stopping": stopping}
+    write_result(str(tmp_path / "early"), ended)
+    write_report(str(tmp_path / "early"))
+    markdown = (tmp_path / "early" / "report.md").read_text()
+    assert "converged after 90 steps of the first epoch" in markdown
+    assert "converged: 3 validations in a row did not beat val_loss 0.25 of step 40" in markdown
+    assert "best val_loss 0.25 at step 40, of 6 validations" in markdown
+    assert "step 40, within the first epoch" in markdown

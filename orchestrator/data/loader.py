@@ -3,6 +3,7 @@
 The order of the blocks is checked where they are taken apart, in assemble.py.
 """
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -61,6 +62,7 @@ class Loader:
             before the one in hand ends, so that nobody waits between two.
         to_device: turns a micro-batch into what training_step gets.
         image_size: side S of the images.
+        shares_cpus: whether reading takes CPU time from this worker.
     """
 
     def __init__(
@@ -72,30 +74,42 @@ class Loader:
         open_segment: OpenSegment,
         to_device: ToDevice,
         image_size: int,
+        shares_cpus: bool = False,
     ) -> None:
         self.batching = batching
+        self.shares_cpus = shares_cpus
         self.current: Current | None = None
         self.waited_s = 0.0
         """Seconds spent waiting for blocks so far."""
+        self.prepared_s = 0.0
+        """Seconds spent on turning micro-batches into batches on the device so far."""
+        self.image_size = image_size
         self.costs = Costs()
         self._rank = rank
         self._step = step
         self._open_segment = open_segment
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="next-segment")
         self._reading: list[tuple[Generator[pa.Table, None, None], Future[pa.Table | None]]] = []
+        self._first: Opened | None = None
         self._batches = self._all_batches()
-        self._ahead = Ahead(self._due(), to_device)
+        self._drawn = self._due()
+        self._held = collections.deque[tuple[Current, MicroBatch]]()
+        self._ahead = Ahead(self._supply(), to_device)
         # Stands in, with weight 0, where a worker's share of a short step is empty: its latest
         # batch, so that running statistics see real images.
         self._stand_in = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
         self._stand_in_labels: list[Any] = [None, None]
+
+    def start(self) -> None:
+        """Begin to read, rather than when the first batch is asked for; all workers call it."""
+        self._first = self._open(self._step)
 
     def take(self, steps: int) -> "Pass":
         """Return the next `steps` steps as a sized iterable for Lightning's loops."""
         return Pass(self, steps * self.batching.accumulation)
 
     def _all_batches(self) -> Generator[MicroBatch, None, None]:
-        step, opened = self._step, None
+        step, opened = self._step, self._first
         while step < self.batching.num_steps:
             opened = opened or self._open(step)
             following = None
@@ -153,6 +167,23 @@ class Loader:
             else:
                 yield current, self._stand_in_for(batch)
 
+    def _supply(self) -> Iterator[tuple[Current, MicroBatch]]:
+        while True:
+            item = self._held.popleft() if self._held else next(self._drawn, None)
+            if item is None:
+                return
+            yield item
+
+    def hold(self, steps: int) -> None:
+        """Wait for the micro-batches of the next steps, so that none of these waits for its own.
+
+        All workers call it after the same step: drawing may open the next segment.
+        """
+        for _ in range(steps * self.batching.accumulation):
+            item = next(self._drawn, None)
+            if item is not None:
+                self._held.append(item)
+
     def _stand_in_for(self, batch: MicroBatch) -> MicroBatch:
         count = len(self._stand_in_labels)
         return dataclasses.replace(
@@ -165,11 +196,13 @@ class Loader:
 
     def next_batch(self) -> dict[str, Any]:
         """Return the next batch on the device, and set `current` to what it holds."""
+        began, waited_s = time.perf_counter(), self.waited_s
         found = next(self._ahead, None)
         if found is None:
             raise WrongOrderError(
                 f"worker {self._rank} ran out of blocks before the run's last step."
             )
+        self.prepared_s += time.perf_counter() - began - (self.waited_s - waited_s)
         self.current, batch = found
         return batch
 

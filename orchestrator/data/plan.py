@@ -81,6 +81,11 @@ class Batching:
         return self.num_workers * self.accumulation
 
     @property
+    def micro_batch(self) -> int:
+        """Most samples of one micro-batch."""
+        return -(-self.step_samples // self.micro_batches)
+
+    @property
     def num_steps(self) -> int:
         """Steps of the whole run; only the last may be short."""
         return -(-self.total // self.step_samples)

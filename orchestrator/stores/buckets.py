@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 
 from orchestrator.stores import objects
 from orchestrator.stores.faults import MissingError, StorageError
@@ -22,6 +22,24 @@ def write_atomic(uri: str, content: bytes) -> None:
     objects.repeated(
         lambda: obstore.put(objects.store_of(uri), key, content), uri=uri, verb="write"
     )
+
+
+def create(uri: str, content: bytes) -> bool:
+    """Write a new object (also in S3); return whether there was none: of several writers one wins.
+
+    A repeated request may meet what the first one wrote: that counts as written here.
+    """
+    key = objects.split(uri)[2]
+
+    def put() -> bool:
+        try:
+            obstore.put(objects.store_of(uri), key, content, mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    made: bool = objects.repeated(put, uri=uri, verb="write")
+    return made or bytes(objects.get(uri)) == content
 
 
 def upload(source: Path, uri: str) -> None:

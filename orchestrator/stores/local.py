@@ -106,6 +106,25 @@ def write_atomic(uri: str, content: bytes) -> None:
     _fsync_folder(path.parent)
 
 
+def create(uri: str, content: bytes) -> bool:
+    """Write a new file; return whether there was none before: of several writers one wins."""
+    path = local_path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+    ) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        try:
+            os.link(file.name, path)  # unlike a rename, it never replaces
+        except FileExistsError:
+            return False
+    _fsync_folder(path.parent)
+    return True
+
+
 def upload(source: Path, uri: str) -> None:
     """Copy a file to `uri`, atomically."""
     path = local_path(uri)

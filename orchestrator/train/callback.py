@@ -1,29 +1,29 @@
 """Worker side: the Lightning callback that counts, commits and reports."""
 
-import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import ray.train
-from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
-from orchestrator.config import UserError
 from orchestrator.data.loader import Loader
 from orchestrator.overrides import config_digest
 from orchestrator.run import append_event
-from orchestrator.train import checkpoint, state
+from orchestrator.train import checkpoint, failures, state
+from orchestrator.train.clocks import Clocks
 from orchestrator.train.commit import Committer
+from orchestrator.train.guard import Guard
 from orchestrator.train.journal import Consumed, Metrics, RunFacts
 from orchestrator.train.pace import Pace, Schedule
 from orchestrator.train.place import Place
 from orchestrator.train.posting import Poster
 from orchestrator.train.saver import open_books
+from orchestrator.train.stopping import Standing, standing_of
 from orchestrator.train.strategy import sync_buffers
 from orchestrator.train.tally import Tally, TooManyBadImages, gather
+from orchestrator.train.validation import Timetable
 
 _LOG_EVERY_STEPS = 5
 # A chunk of some MB takes a fraction of a second; one that takes this long is named.
@@ -52,7 +52,7 @@ class Recorder(pl.callbacks.Checkpoint):
         validation: Loader | None,
         resumed: tuple[checkpoint.Manifest, Path] | None,
     ) -> None:
-        self._facts = facts
+        self.facts = facts
         self._config = facts.config
         self._loader = loader
         self._validation = validation
@@ -60,29 +60,39 @@ class Recorder(pl.callbacks.Checkpoint):
         manifest = resumed[0] if resumed else None
         self.step = manifest.step if manifest else 0
         totals = manifest.stats if manifest else {}
-        self._pace = Pace(lambda: loader.waited_s, totals, step=self.step)
-        self._schedule = Schedule(self._config.train.checkpoint.every_seconds, step=self.step)
-        self._place = Place(loader.batching, facts.samples_per_epoch)
+        self.pace = Pace(lambda: loader.waited_s, totals, step=self.step)
+        self.schedule = Schedule(self._config.train.checkpoint.every_seconds, step=self.step)
+        self.place = Place(loader.batching, facts.samples_per_epoch)
+        train = self._config.train
+        self.timetable = Timetable(self.place, train.validate.every_samples)
+        record = manifest.stopping if manifest else {}
+        self.standing = standing_of(record, train.early_stopping) or Standing()
+        """What early stopping has seen; whoever validates brings it up to date."""
+        self.pending = manifest.pending if manifest else ()
+        """Steps of checkpoints whose validation beside training has no result yet."""
+        self.metrics = Metrics(resumed[1] if resumed else None)
         self._tally = Tally(max_bad_fraction=self._config.data.max_bad_fraction)
-        self._poster = Poster(facts, loader.batching, self._pace)
+        self._poster = Poster(facts, loader.batching, self.pace)
+        self.guard = Guard(facts.run, loader, step=self.step)
+        self.clocks = Clocks(facts.run, loader, self.pace, totals, step=self.step)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state: model and optimizers exist and sit on their device by now."""
         rank = trainer.global_rank
-        self._consumed = Consumed(rank, self._facts.samples_per_epoch, self._config.data.audit)
+        self._consumed = Consumed(rank, self.facts.samples_per_epoch, self._config.data.audit)
         manifest, folder = self._resumed or (None, None)
         if folder is not None:
             state.restore_state(trainer, folder)
         state.set_progress(trainer, step=self.step, epoch=self.epoch)
-        self._metrics = Metrics(folder)
-        self._committer = Committer(
-            self._facts.run,
+        self.committer = Committer(
+            self.facts.run,
             rank=rank,
             gather=lambda mine: gather(trainer, mine),
             settings=self._config.train.checkpoint,
-            books=open_books(self._facts, trainer, self._metrics, folder) if rank == 0 else None,
+            books=open_books(self.facts, trainer, self.metrics, folder) if rank == 0 else None,
             totals=manifest.stats if manifest else {},
         )
+        self.clocks.tell = self.committer.tell
         if folder is not None:
             shutil.rmtree(folder)
 
@@ -90,34 +100,51 @@ class Recorder(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Let a save that is nearly done be done."""
-        if hasattr(self, "_committer"):
-            self._committer.close(_CLOSE_FAILED_S)
+        failures.mark_step(exception, self.step)
+        if hasattr(self, "committer"):
+            self.committer.close(_CLOSE_FAILED_S)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish what is still written: the last save is committed by now."""
-        self._committer.close(_CLOSE_S)
+        self.committer.close(_CLOSE_S)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clocks: what came before is start-up."""
-        self._pace.start()
-        self._schedule.restart(self.step)
+        self.pace.start()
+        self.schedule.restart(self.step)
         if trainer.global_rank == 0:
-            append_event(self._facts.run, "training", step=self.step, workers=trainer.world_size)
+            append_event(self.facts.run, "training", step=self.step, workers=trainer.world_size)
 
     @property
     def epoch(self) -> int:
         """The epoch that the next step begins in."""
-        return self._place.epoch(self.step)
+        return self.place.epoch(self.step)
 
     @property
     def position(self) -> int:
         """Samples of the stream that the steps so far consumed."""
-        return self._place.position(self.step)
+        return self.place.position(self.step)
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the last micro-batch ended a step."""
+        return self._loader.current is not None and self._loader.current.ends_step
+
+    @property
+    def owes_validation(self) -> bool:
+        """Whether this start goes on from a checkpoint that was saved in front of a validation."""
+        manifest = self._resumed[0] if self._resumed else None
+        return (
+            manifest is not None
+            and manifest.step == self.step
+            and self.timetable.is_due(self.step)
+            and not manifest.metrics
+        )
 
     @property
     def steps_left_in_epoch(self) -> int:
         """Steps from the next one to the last that starts in its epoch."""
-        return self._place.steps_left_in_epoch(self.step)
+        return self.place.steps_left_in_epoch(self.step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -148,47 +175,42 @@ class Recorder(pl.callbacks.Checkpoint):
         if not current.ends_step:
             return
         self.step += 1
-        if self.step % _LOG_EVERY_STEPS == 0 or self._place.ends_epoch(self.step):
+        if self.step % _LOG_EVERY_STEPS == 0 or self.place.ends_epoch(self.step):
             self._log_loss(trainer)
         self._post(trainer, "training")
-        if not self._place.ends_epoch(self.step) and self._commit_due(trainer):
-            self._commit(trainer, metrics={}, done="", must=False)
+        # A checkpoint in front of a validation would make a resume validate once more.
+        if not self.timetable.is_due(self.step) and self._commit_due(trainer):
+            self.commit(trainer, metrics={}, done="", must=False)
 
     def _log_loss(self, trainer: pl.Trainer) -> None:
         problem = self._tally.reduce(trainer)
         if trainer.global_rank == 0:
             lr = trainer.optimizers[0].param_groups[0]["lr"]
             values = {"train_loss": self._tally.mean_loss or 0.0, "lr": lr}
-            self._metrics.add(values, step=self.step, epoch=self.epoch, samples=self.position)
+            self.metrics.add(values, step=self.step, epoch=self.epoch, samples=self.position)
             self._say_slow_reads()
         if problem is not None:
             gathered = gather(trainer, self._consumed.bad)
             if trainer.global_rank == 0:
-                self._committer.quarantine([row for bad in gathered for row in bad])
+                self.committer.quarantine([row for bad in gathered for row in bad])
             raise TooManyBadImages(problem)
 
     def _say_slow_reads(self) -> None:
         slow = self._loader.costs.take_slow(_SLOW_READ_S)
         if slow is not None:
-            self._committer.tell("slow_read", uri=slow.uri, seconds=round(slow.seconds, 1))
-
-    @property
-    def _reading(self) -> dict[str, float]:
-        before = self._resumed[0].stats if self._resumed else {}
-        now = dataclasses.asdict(self._loader.costs)
-        return {name: before.get(name, 0) + value for name, value in now.items()}
+            self.committer.tell("slow_read", uri=slow.uri, seconds=round(slow.seconds, 1))
 
     def _commit_due(self, trainer: pl.Trainer) -> bool:
         """Return the same answer on every worker: rank 0's clock decides, at agreed steps."""
         every_steps = self._config.train.checkpoint.every_steps
         if every_steps and self.step % every_steps == 0:
             return True
-        return self._schedule.due(self.step, trainer.strategy.broadcast)
+        return self.schedule.due(self.step, trainer.strategy.broadcast)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the model that will be saved."""
         sync_buffers(pl_module)
-        self._pace.stop()
+        self.pace.stop("validation")
         self._post(trainer, "validating", now=True)
 
     def on_validation_batch_end(self, *_: Any) -> None:
@@ -199,65 +221,48 @@ class Recorder(pl.callbacks.Checkpoint):
         self._consumed.bad += [{**entry, "epoch": self.epoch} for entry in bad]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restart the clocks: validation is no training time.
+        """Restart the clocks: validation is no training time."""
+        self.pace.start()
 
-        Raises:
-            UserError: early stopping watches a metric that was not logged.
-        """
-        stopping = self._config.train.early_stopping
-        if stopping is not None and stopping.monitor not in trainer.callback_metrics:
-            logged = ", ".join(trainer.callback_metrics) or "nothing"
-            raise UserError(
-                f"train.early_stopping.monitor={stopping.monitor!r} was not logged by the module's "
-                f"validation_step, which logged {logged}; name a logged metric."
-            )
-        self._pace.start()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Commit with the validation's metrics, and report them."""
-        metrics = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name != "train_loss"
-        }
-        done = self._done(trainer)
-        self._commit(trainer, metrics=metrics, done=done, must=True)
-        at = {"epoch": self.epoch, "step": self.step, "samples_seen": self.position}
-        ray.train.report({**metrics, **at, "done": done})
-        if trainer.global_rank == 0:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self._facts.board.say.remote(f"epoch {self.epoch}: {shown}")
-
-    def _done(self, trainer: pl.Trainer) -> str:
-        stopper = trainer.early_stopping_callback
-        reason = stopper.stopping_reason if stopper else EarlyStoppingReason.NOT_STOPPED
-        if reason is EarlyStoppingReason.NON_FINITE_METRIC:
-            return "diverged"
-        if reason is not EarlyStoppingReason.NOT_STOPPED or trainer.should_stop:
-            return "converged"
-        return "max_epochs" if self.step >= self._loader.batching.num_steps else ""
-
-    def _commit(
+    def commit(
         self, trainer: pl.Trainer, *, metrics: dict[str, float], done: str, must: bool
     ) -> None:
-        self._pace.stop()
+        """Begin a checkpoint of this moment; all workers call it. See `Committer.save`."""
+        self.guard.look(trainer)
+        self.pace.stop("checkpoint")
         self._post(trainer, "saving", now=True)
         at = {"step": self.step, "epoch": self.epoch, "samples": self.position}
-        self._metrics.add(metrics, **at)
-        self._committer.save(
+        self.metrics.add(metrics, **at)
+        self.committer.save(
             self._point(trainer, metrics, done),
             capture=lambda folder: state.capture_state(trainer, folder),
             consumed=self._consumed,
             must=must,
             last=bool(done),
         )
-        self._schedule.restart(self.step)
-        self._pace.start()
+        self.schedule.restart(self.step)
+        self.pace.start()
+
+    def complete(
+        self, step: int, metrics: dict[str, float], *, done: str = "", **more: Any
+    ) -> None:
+        """Give a committed checkpoint what is known by now; all workers call it."""
+        epoch, position = self.place.epoch(step), self.place.position(step)
+        self.metrics.add(metrics, step=step, epoch=epoch, samples=position)
+        changes: dict[str, Any] = {"metrics": metrics} if metrics else {}
+        changes |= {"done": done} if done else {}
+        record = self.standing.record(self._config.train.early_stopping)
+        self.committer.amend(step, **changes, **more, stopping=record)
+
+    def add_bad(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note bad images that another process found, once."""
+        if self._consumed.rank == 0:
+            self._consumed.bad += rows
 
     def _point(
         self, trainer: pl.Trainer, metrics: dict[str, float], done: str
     ) -> checkpoint.Manifest:
-        facts = self._facts
+        facts = self.facts
         return checkpoint.Manifest(
             step=self.step,
             position=self.position,
@@ -269,8 +274,10 @@ class Recorder(pl.callbacks.Checkpoint):
             precision=facts.precision,
             config_digest=config_digest(facts.config),
             index_digest=facts.index_digest,
-            stats={**self._pace.totals, **self._reading},
+            stats=self.clocks.totals(trainer),
             files=(),
+            stopping=self.standing.record(facts.config.train.early_stopping),
+            pending=self.pending,
         )
 
     def _post(self, trainer: pl.Trainer, phase: str, *, now: bool = False) -> None:

@@ -45,16 +45,25 @@ class Reading:
         return self.num_blocks * self.block
 
 
-def held_by_reading(config: Config, index: Index, *, slots: int) -> Reading:
-    """Return what `slots` read tasks at once, and what they hand to the workers, hold."""
+def held_by_reading(
+    config: Config, index: Index, *, slots: int, num_workers: int | None = None
+) -> Reading:
+    """Return what `slots` read tasks at once, and what they hand to the workers, hold.
+
+    Args:
+        config: the run.
+        index: its data.
+        slots: read tasks that run at once.
+        num_workers: workers of the run; None: the most it uses.
+    """
     data, split = config.data, index.splits["train"]
+    workers = num_workers or config.scaling.max_workers
     window = data.window_chunks * split.bytes / split.chunks
-    batching = training_feed(config, index, num_workers=config.scaling.num_workers).batching
-    micro_batch = -(-data.global_batch // batching.micro_batches)
-    block = batching.block_batches * micro_batch * 3 * data.image_size**2
-    blocks = _BLOCKS_PER_WORKER * config.scaling.num_workers + slots
+    batching = training_feed(config, index, num_workers=workers).batching
+    block = batching.block_batches * batching.micro_batch * 3 * data.image_size**2
+    blocks = _BLOCKS_PER_WORKER * workers + slots
     task_pixels = 2 * max(TASK_ROWS, split.samples // split.chunks * data.window_chunks)
-    round_bytes = min(config.scaling.num_workers * block, task_pixels * 3 * data.image_size**2)
+    round_bytes = min(workers * block, task_pixels * 3 * data.image_size**2)
     return Reading(window, slots * WINDOWS_HELD * window, slots * round_bytes, block, blocks)
 
 
@@ -70,7 +79,13 @@ def check_memory(config: Config, index: Index, memory: Memory, *, slots: int) ->
     Raises:
         UserError: with the field and what it needs.
     """
-    data, held = config.data, held_by_reading(config, index, slots=slots)
+    for workers in sorted({config.scaling.min_workers, config.scaling.max_workers}):
+        held = held_by_reading(config, index, slots=slots, num_workers=workers)
+        _check_held(config, held, memory, slots=slots)
+
+
+def _check_held(config: Config, held: Reading, memory: Memory, *, slots: int) -> None:
+    data = config.data
     if held.windows + held.rounds > _SHARE_OF_MEMORY * memory.total:
         raise UserError(
             f"data.window_chunks={data.window_chunks}: such a window is {_gigabytes(held.window)}, "

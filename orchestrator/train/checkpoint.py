@@ -58,6 +58,10 @@ class Manifest:
     stats: dict[str, float]
     """Totals since the run's first step: train_s, wait_s (seconds), bad (images), and so on."""
     files: tuple[FileRecord, ...]
+    stopping: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What early stopping has seen so far; see train/stopping.py."""
+    pending: tuple[int, ...] = ()
+    """Steps of checkpoints whose validation beside training had no result yet."""
 
 
 def checkpoint_uri(run: str, step: int) -> str:
@@ -86,6 +90,27 @@ def commit(run: str, manifest: Manifest) -> None:
     content = json.dumps({**fields, "sha256": _digest(fields)}, indent=1)
     location = storage.join(checkpoint_uri(run, manifest.step), MANIFEST_FILE)
     storage.write_atomic(location, content.encode())
+
+
+def amend(run: str, step: int, **changes: Any) -> None:
+    """Write a committed checkpoint's manifest again with what is known by now; files stay.
+
+    Raises:
+        CheckpointError: it is damaged.
+        storage.MissingError: it was deleted meanwhile.
+    """
+    commit(run, dataclasses.replace(read_manifest(run, step), **changes))
+
+
+def read_manifest(run: str, step: int) -> Manifest:
+    """Return the manifest of a committed checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged.
+        storage.MissingError: there is none.
+    """
+    location = storage.join(checkpoint_uri(run, step), MANIFEST_FILE)
+    return _parse(location, storage.read_bytes(location))
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -162,6 +187,7 @@ def _parse(location: str, content: bytes) -> Manifest:
         if not whole:
             raise ValueError("it does not have its own checksum")
         del fields["format"]
+        fields["pending"] = tuple(fields.get("pending", ()))
         files = tuple(FileRecord(**record) for record in fields.pop("files"))
         return Manifest(files=files, **fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -193,6 +219,8 @@ def prune(run: str, *, keep: int, best: Manifest | None) -> None:
     if not manifests:
         return
     kept = {manifest.step for manifest in manifests[-keep:]} | ({best.step} if best else set())
+    # A resume from one of these asks for the validations that it still waited for.
+    kept |= {step for manifest in manifests if manifest.step in kept for step in manifest.pending}
     for uri in _step_folders(run):
         step = _step_of(uri)
         if step is not None and step < manifests[-1].step and step not in kept:

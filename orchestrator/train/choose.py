@@ -8,8 +8,8 @@ import torch
 
 from orchestrator.config import Config, ScalingConfig, UserError
 from orchestrator.train import memory
+from orchestrator.train.choice import Choice
 from orchestrator.train.memory import Need, in_words
-from orchestrator.train.precision import Choice
 from orchestrator.train.size import Measured, Unmeasured, measure
 
 # The rest is for activations and what the allocator loses between blocks.
@@ -42,7 +42,7 @@ def device_memory(scaling: ScalingConfig) -> DeviceMemory | None:
         each = int(min(1.0, scaling.gpus_per_worker) * properties.total_memory)
         return DeviceMemory(each, f"a {properties.name} with {in_words(each)}")
     cpus = os.cpu_count() or 1
-    workers = max(1, min(scaling.num_workers, int(cpus // scaling.cpus_per_worker)))
+    workers = max(1, min(scaling.max_workers, int(cpus // scaling.cpus_per_worker)))
     each = int(_SHARE_FOR_WORKERS * _node_memory() / workers)
     return DeviceMemory(
         each, f"{in_words(each)}, half of a machine like this one between {workers} workers"
@@ -89,7 +89,7 @@ def choose_strategy(config: Config, *, num_classes: int, resumed: str | None = N
     requested = config.train.strategy
     if requested == "auto" and resumed is not None:
         return Choice(resumed, "as before the resume")
-    alone = config.scaling.num_workers == 1 and not config.train.offload_optimizer
+    alone = config.scaling.max_workers == 1 and not config.train.offload_optimizer
     if requested == "ddp" or (requested == "auto" and alone):
         return Choice("ddp", "asked for" if requested == "ddp" else _ALONE)
     try:
@@ -121,7 +121,7 @@ def _check_zero(config: Config, measured: Measured) -> None:
 
 def simplest(config: Config, measured: Measured) -> Choice:
     """Return the first of ddp, zero1, zero2 and zero3 whose states fit a worker's device."""
-    if config.scaling.num_workers == 1 and not config.train.offload_optimizer:
+    if config.scaling.max_workers == 1 and not config.train.offload_optimizer:
         return Choice("ddp", _ALONE)
     found = device_memory(config.scaling)
     if found is None:
@@ -144,7 +144,7 @@ def simplest(config: Config, measured: Measured) -> Choice:
 def needs_of(
     config: Config, measured: Measured, *, num_workers: int | None = None
 ) -> dict[str, Need]:
-    """Return what a worker needs under each strategy, at the config's number of workers or another.
+    """Return what a worker needs under each strategy, at the config's fewest workers or others.
 
     Where the precision is measured later (auto on a CPU), fp32 is assumed: it needs the most.
     """
@@ -156,7 +156,7 @@ def needs_of(
             measured.size,
             strategy,
             precision=precision,
-            num_workers=num_workers or config.scaling.num_workers,
+            num_workers=num_workers or config.scaling.min_workers,
             offload=config.train.offload_optimizer,
         )
         for strategy in memory.STRATEGIES

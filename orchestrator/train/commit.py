@@ -19,6 +19,7 @@ from orchestrator.config import CheckpointConfig
 from orchestrator.train import state
 from orchestrator.train.checkpoint import CheckpointError, Manifest
 from orchestrator.train.journal import Consumed
+from orchestrator.train.lease import LeaseLostError
 from orchestrator.train.saver import Attempt, Books, Saver
 from orchestrator.train.snapshot import Snapshots
 from orchestrator.train.staging import Staging
@@ -46,6 +47,8 @@ class _Word:
     """Worker 0: saves in a row that failed."""
     age_s: float
     """Worker 0: seconds since the first save after the last commit began."""
+    lost: str
+    """Worker 0: why nothing may be saved any more, if so."""
 
 
 class Committer:
@@ -122,12 +125,38 @@ class Committer:
         self._pause_s += time.perf_counter() - began
         return free
 
+    def finish(self) -> int:
+        """Wait for the save under way, on all workers; return the step of this start's last commit.
+
+        It is -1 before the first.
+
+        Raises:
+            CheckpointError: saving has failed for too long.
+        """
+        heard = self._hear() if self._attempt is None else self._settle()
+        return heard[0].committed
+
     @property
     def totals(self) -> dict[str, float]:
         """Since the run's first step: saves skipped and failed, seconds paused and saving."""
         saver = self._saver
         now = (self._skipped, saver.num_failed, self._pause_s, saver.seconds)
         return {name: self._before[name] + n for name, n in zip(_TOTALS, now, strict=True)}
+
+    def amend(self, step: int, **changes: Any) -> None:
+        """Complete the manifest of a committed checkpoint, off the training thread; on worker 0."""
+        if self._books is not None:
+            self._saver.amend(step, changes)
+
+    @property
+    def committed(self) -> int:
+        """Step of this start's last commit so far, on worker 0; -1 before the first."""
+        return self._saver.committed
+
+    @property
+    def num_bad(self) -> int:
+        """Bad images that are written down so far; 0 on other workers than the first."""
+        return len(self._books.quarantine) if self._books else 0
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Add an event to the run's, off the training thread and once storage takes it."""
@@ -159,6 +188,8 @@ class Committer:
         All workers hear the same, so all raise or none does.
         """
         heard: list[_Word] = self._gather(self._word())
+        if heard[0].lost:
+            raise LeaseLostError(heard[0].lost)
         reasons = [f"worker {rank}: {w.failed}" for rank, w in enumerate(heard) if w.failed]
         if reasons and self._attempt is not None:
             self._attempt.abandoned = reasons[0]
@@ -178,6 +209,7 @@ class Committer:
             committed=committed,
             failures=self._saver.failures,
             age_s=0.0 if since is None else time.monotonic() - since,
+            lost=self._saver.lost,
         )
 
     def _too_old(self, word: _Word, reasons: list[str]) -> CheckpointError:

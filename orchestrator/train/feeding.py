@@ -12,6 +12,7 @@ from orchestrator.data.index import Index
 from orchestrator.data.loader import Loader, Opened, OpenSegment
 from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
 from orchestrator.data.sources import read_data
+from orchestrator.train import elastic
 from orchestrator.train.job import Job
 
 
@@ -20,8 +21,9 @@ def place_readers(job: Job) -> Placement:
     num_workers = ray.train.get_context().get_world_size()
     return Placement.choose(
         requested=job.config.data.decode_slots,
-        cluster_cpus=ray.cluster_resources().get("CPU", 0),
-        worker_cpus=num_workers * job.config.scaling.cpus_per_worker * job.share,
+        # Readers that count on the CPUs of a node that is about to go would wait for ever.
+        cluster_cpus=sum(node.get("CPU", 0) for node in elastic.usable_nodes().values()),
+        worker_cpus=job.config.reserved_cpus(num_workers) * job.share,
         may_grow=job.may_grow,
         share=job.share,
     )
@@ -44,6 +46,7 @@ def build_loader(
             seed=job.config.seed if feed.reader.render.augment else None,
         ),
         image_size=job.config.data.image_size,
+        shares_cpus=placement.cpus == 0,
     )
 
 
@@ -60,15 +63,15 @@ def _segment_opener(feed: Feed, placement: Placement, rank: int) -> OpenSegment:
     return open_segment
 
 
-def validation_loader(job: Job, placement: Placement, rank: int) -> Loader:
-    """Return this worker's batches of the validation split, pass after pass."""
+def validation_loader(job: Job, placement: Placement, rank: int, *, passes: int) -> Loader:
+    """Return this worker's batches of so many passes over the validation split."""
     index = read_data(job.config.data)
     num_workers = ray.train.get_context().get_world_size()
     feed = feeds.evaluation_feed(
         job.config,
         index,
         split="val",
-        passes=job.config.train.max_epochs,
+        passes=passes,
         num_workers=num_workers,
     )
     return build_loader(feed, job, index, placement, rank=rank, step=0)

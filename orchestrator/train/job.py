@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from orchestrator.config import Config
-from orchestrator.train.precision import Choice
+from orchestrator.train.choice import Choice
+from orchestrator.train.startup import Startup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,8 @@ class Job:
     run: str
     config: Config
     strategy: Choice
+    lease: str
+    """Token of this start's lease on the run; see lease.py."""
     share: int
     """Runs that divide the cluster between them."""
     may_grow: bool
@@ -22,3 +25,9 @@ class Job:
     """Handle of the progress board actor."""
     import_paths: list[str]
     """Folders of the driver that the user's module may be imported from."""
+    startup: Startup
+    """The phases of the start so far."""
+    validation: Any = None
+    """Handle of the process that validates beside training; None: the workers validate."""
+    resize_every_s: float = 60.0
+    """Seconds of training before an elastic run looks whether there is room for more workers."""

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class RunFacts:
     samples_per_epoch: int
     board: Any
     """Handle of the progress board actor."""
+    lease: str
+    """Token of this start's lease on the run."""
 
 
 def _encode(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
@@ -62,6 +65,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+Follower = Callable[[dict[str, float], dict[str, int]], None]
+"""Takes values and where they hold: step, epoch, samples."""
+
+
 class Metrics:
     """Every logged value of the run so far, kept by rank 0; each checkpoint holds a copy.
 
@@ -71,11 +78,18 @@ class Metrics:
 
     def __init__(self, resumed: Path | None) -> None:
         self._rows = _read(resumed / METRICS_FILE) if resumed else []
+        self._follower: Follower | None = None
+
+    def follow(self, follower: Follower) -> None:
+        """Call `follower(values, at)` with all that is noted from now on."""
+        self._follower = follower
 
     def add(self, values: dict[str, float], *, step: int, epoch: int, samples: int) -> None:
         """Note values that hold after `step` steps."""
         at = {"step": step, "epoch": epoch, "samples": samples, "time": time.time()}
         self._rows += [{**at, "name": name, "value": value} for name, value in values.items()]
+        if self._follower is not None and values:
+            self._follower(values, {"step": step, "epoch": epoch, "samples": samples})
 
     def frozen(self) -> "Metrics":
         """Return what is noted by now; later values do not reach it."""

@@ -13,7 +13,6 @@ from typing import Any
 import ray
 import ray.train
 from ray import cloudpickle
-from ray.train.torch import TorchTrainer
 
 from orchestrator import cluster, progress, storage
 from orchestrator.config import Config, DataConfig, UserError
@@ -25,15 +24,23 @@ from orchestrator.run import (
     open_run,
     run_uri,
 )
-from orchestrator.train import choose, preflight
+from orchestrator.train import beside, choose, lease, preflight
+from orchestrator.train.again import fit_again
 from orchestrator.train.capacity import Memory, check_memory
+from orchestrator.train.choice import Choice
+from orchestrator.train.elastic import NotePreemptions, RunTrainer
+from orchestrator.train.entry import run_worker
+from orchestrator.train.errors import Diverged
 from orchestrator.train.job import Job
-from orchestrator.train.mistakes import StopAtMistakes
-from orchestrator.train.outcome import close_run, result_of
-from orchestrator.train.precision import Choice
-from orchestrator.train.worker import train_worker
+from orchestrator.train.lease import Lease
+from orchestrator.train.mistakes import FailurePolicy, GaveUp
+from orchestrator.train.outcome import close_diverged, close_run, result_of
+from orchestrator.train.shrink import RememberMemory
+from orchestrator.train.startup import Startup
 
 ERROR_FILE = "error.txt"
+# Environment variable; see `Job.resize_every_s`.
+RESIZE_EVERY = "ORCHESTRATOR_RESIZE_EVERY_S"
 
 
 class TrainingFailed(RuntimeError):
@@ -82,6 +89,7 @@ def fit(
     callbacks: Sequence[ray.train.UserCallback] = (),
     show: bool = True,
     share: int = 1,
+    startup: Startup | None = None,
 ) -> RunResult:
     """Train, or go on with, the run that `config` describes, to its end.
 
@@ -91,26 +99,57 @@ def fit(
         callbacks: told of every report, in Ray Train's controller.
         show: print progress.
         share: runs that divide the cluster between them, as the trials of a sweep do.
+        startup: the phases of the start so far; None: it begins here.
 
     Raises:
         UserError: the config cannot work; nothing was started.
+        Diverged: a loss or the weights became NaN or infinite.
         TrainingFailed: training ended by an error; the run can be resubmitted.
     """
+    startup = startup or Startup(time.time())
     preflight.check_config(config)
     config = dataclasses.replace(config, data=_absolute(config.data))
     strategy = check(config)
     run = run_uri(config)
     if preflight.is_finished(config, run):
         return RunResult(run, result_of(run, config))
+    with lease.held(run) as mine:
+        return _fit(
+            config,
+            strategy,
+            run,
+            mine,
+            verbose=verbose,
+            callbacks=callbacks,
+            show=show,
+            share=share,
+            startup=startup,
+        )
+
+
+def _fit(
+    config: Config,
+    strategy: Choice,
+    run: str,
+    mine: Lease,
+    *,
+    verbose: bool,
+    callbacks: Sequence[ray.train.UserCallback],
+    show: bool,
+    share: int,
+    startup: Startup,
+) -> RunResult:
+    startup.mark("checks")
     cluster.connect(verbose=verbose)
+    startup.mark("ray")
     resources = preflight.cluster_resources()
     preflight.check_resources(config, resources, may_grow=cluster.may_grow())
     _check_memory(config, share=share)
     open_run(config)
-    workers = config.scaling.num_workers
+    workers = config.scaling.num_workers  # a list where it is elastic
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
     began = time.monotonic()
-    with _board(show=show) as board:
+    with _board(show=show) as board, beside.process(run, config) as validation:
         waiting = preflight.describe_waiting(config, resources)
         if waiting:
             board.say.remote(waiting)
@@ -118,12 +157,19 @@ def fit(
             run=run,
             config=config,
             strategy=strategy,
+            lease="",
             share=share,
             may_grow=cluster.may_grow(),
             board=board,
             import_paths=cluster.import_paths(),
+            resize_every_s=float(os.environ.get(RESIZE_EVERY, Job.resize_every_s)),
+            startup=startup,
+            validation=validation,
         )
-        _run_trainer(job, verbose=verbose, callbacks=callbacks)
+        with _closed_where_it_diverged(run, config, began), _explained(run):
+            if not preflight.is_trained(config, run):
+                fit_again(job, mine, lambda now: _run_trainer(now, callbacks=callbacks))
+        beside.settle(run, config, validation, board)
     return RunResult(run, close_run(run, config, wall_s=time.monotonic() - began))
 
 
@@ -134,7 +180,7 @@ def _check_memory(config: Config, *, share: int) -> None:
     placement = Placement.choose(
         requested=config.data.decode_slots,
         cluster_cpus=found.get("CPU", 0),
-        worker_cpus=scaling.num_workers * scaling.cpus_per_worker * share,
+        worker_cpus=config.reserved_cpus(scaling.max_workers) * share,
         share=share,
     )
     memory = Memory(int(found.get("memory", 0)), int(found.get("object_store_memory", 0)))
@@ -160,35 +206,48 @@ def _board(*, show: bool) -> Any:
         ray.kill(board)
 
 
-def _run_trainer(job: Job, *, verbose: bool, callbacks: Sequence[ray.train.UserCallback]) -> None:
-    scaling = job.config.scaling
+def _run_trainer(job: Job, *, callbacks: Sequence[ray.train.UserCallback]) -> None:
     filesystem, path = storage.arrow_filesystem(storage.join(job.run, "ray"))
     # The controller takes one report a poll: at Ray's 2 s, no epoch would be shorter than that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    trainer = TorchTrainer(
-        train_worker,
+    # At Ray's 5 s, a sixth of a 30 s notice would be gone before the controller knew.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(job.config.train.hang_timeout_s)
+    trainer = RunTrainer(
+        run_worker,
         # As bytes: the controller would import Lightning (8 s) only to hand the job on.
-        train_loop_config={"job": cloudpickle.dumps(job)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers,
-            use_gpu=scaling.gpus_per_worker > 0,
-            resources_per_worker={"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker},
-        ),
+        train_loop_config={"job": cloudpickle.dumps(job), "startup": job.startup},
+        scaling=job.config.scaling,
+        board=job.board,
         run_config=ray.train.RunConfig(
             # Our own checkpoints are the only state: a name of its own for each start keeps Ray's
             # snapshot file, which a crash can tear, out of a resume.
             name=f"start-{uuid.uuid4().hex[:8]}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=job.config.train.max_failures),
-            callbacks=[StopAtMistakes(), *callbacks],
+            # Our own policy counts, and ends the run.
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[
+                FailurePolicy(job.run, job.board, job.config.train),
+                NotePreemptions(job.run, job.board),
+                RememberMemory(job.run, job.board),
+                *callbacks,
+            ],
         ),
     )
     try:
-        with _explained(job.run):
-            trainer.fit()
+        trainer.fit()
     finally:
         storage.delete_folder(storage.join(job.run, "ray"))
+
+
+@contextlib.contextmanager
+def _closed_where_it_diverged(run: str, config: Config, began: float) -> Any:
+    """Write the result of a run that diverged, and name the checkpoint it can be gone on from."""
+    try:
+        yield
+    except Diverged as error:
+        raise close_diverged(run, config, error, wall_s=time.monotonic() - began) from error
 
 
 @contextlib.contextmanager
@@ -196,14 +255,17 @@ def _explained(run: str) -> Any:
     """Turn what Ray raises into the worker's own error: one line, the trace in a file."""
     try:
         yield
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, GaveUp) as error:
         cause = cluster.root_cause(error)
         trace = "".join(traceback.format_exception(error))
-        storage.write_atomic(storage.join(run, ERROR_FILE), trace.encode())
         line = f"{type(cause).__name__}: {cluster.sentence(cause)}"
+        if isinstance(cause, GaveUp):
+            trace, line = cause.trace, cause.sentence
+        storage.write_atomic(storage.join(run, ERROR_FILE), trace.encode())
         append_event(run, "failed", error=line)
         if isinstance(cause, UserError):
-            raise UserError(cluster.sentence(cause)) from error
+            kind = Diverged if isinstance(cause, Diverged) else UserError
+            raise kind(cluster.sentence(cause)) from error
         raise TrainingFailed(
             f"training failed: {line} (trace: {storage.join(run, ERROR_FILE)}); submit the same "
             "command again to go on from the last checkpoint."

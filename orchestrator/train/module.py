@@ -17,6 +17,8 @@ from orchestrator.train.networks import build_network
 OptimizerName = Literal["adamw", "sgd"]
 # Warm-up where the user names none, as a share of the run.
 _WARMUP_SHARE = 0.05
+CLASSIFIER_METRICS = ("val_loss", "val_acc", "train_loss")
+"""What `ImageClassifier` logs; a subclass may log more."""
 
 
 class ImageClassifier(pl.LightningModule):
@@ -83,7 +85,8 @@ class ImageClassifier(pl.LightningModule):
             # DeepSpeed casts every float of a batch to its own precision.
             labels = labels.to(logits.dtype)
         loss = functional.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
-        self.log("train_loss", loss.detach(), batch_size=len(batch["id"]))
+        # Loggers get the whole step's mean over all workers in its place.
+        self.log("train_loss", loss.detach(), batch_size=len(batch["id"]), logger=False)
         return loss
 
     def on_validation_epoch_start(self) -> None:

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Callable, Mapping
 
+from orchestrator.train.timeline import Part, Timeline
+
 
 class Pace:
-    """Seconds of training and of waiting since the run's first step, restarts included.
+    """What the time since the run's first step went to, restarts included.
 
     Args:
         waited_s: returns the seconds this process has waited for data so far.
-        totals: {"train_s", "wait_s"} that a checkpoint brought along.
+        totals: what `totals` said at the checkpoint that this start goes on from.
         step: the step that training starts at.
     """
 
@@ -20,17 +22,23 @@ class Pace:
         self._train_s = totals.get("train_s", 0.0)
         self._wait_s = totals.get("wait_s", 0.0)
         self._first = (self._train_s, self._wait_s, step)
-        self.start()
+        self.timeline = Timeline()
+        self._mark()
 
     def start(self) -> None:
         """Begin a stretch of training."""
-        self._began, self._waited = time.perf_counter(), self._waited_s()
+        self.timeline.enter("other")
+        self._mark()
 
-    def stop(self) -> None:
+    def stop(self, then: Part = "other") -> None:
         """End the stretch: what follows (validation, a commit) is no training time."""
         self._train_s += time.perf_counter() - self._began
         self._wait_s += self._waited_s() - self._waited
-        self.start()
+        self._mark()
+        self.timeline.enter(then)
+
+    def _mark(self) -> None:
+        self._began, self._waited = time.perf_counter(), self._waited_s()
 
     @property
     def _seconds(self) -> float:
@@ -70,6 +78,11 @@ class Schedule:
         """Count from a commit at `step`."""
         self._began, self._from_step = time.perf_counter(), step
         self._look_at = step + self._first_look
+
+    def shorten(self, every_s: float, *, step: int) -> None:
+        """From `step` on commit at least this often; all workers call it at the same step."""
+        self._every_s = min(every_s, self._every_s or every_s)
+        self._look_at = step + 1
 
     def due(self, step: int, agree: Callable[[int], int]) -> bool:
         """Return whether to commit now; `agree` is a collective that returns rank 0's value.

@@ -1,18 +1,20 @@
 """Driver side: everything about a run that can be wrong is found here, before anything starts."""
 
 import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 
-from orchestrator.config import ClassWeights, Config, UserError
+from orchestrator.config import ClassWeights, Config, ScalingConfig, UserError
 from orchestrator.data import balance
 from orchestrator.data.augmentation import augment
 from orchestrator.data.index import Index
 from orchestrator.data.sources import read_data, verify_data
-from orchestrator.train import checkpoint, model
-from orchestrator.train.module import ImageClassifier, check_label_kind
+from orchestrator.train import beside, checkpoint, elastic, loggers, model
+from orchestrator.train.module import CLASSIFIER_METRICS, ImageClassifier, check_label_kind
 
 
 def check_config(config: Config) -> None:
@@ -22,7 +24,7 @@ def check_config(config: Config) -> None:
         UserError: a field's value cannot work.
     """
     data, train, scaling = config.data, config.train, config.scaling
-    stopping = train.early_stopping
+    stopping, apart = train.early_stopping, train.validate.beside
     inside = ".." not in config.name.split("/") and not config.name.startswith("/")
     rule = "must be a folder name; choose one such as my-run"
     _require("name", config.name, config.name and inside, rule)
@@ -39,18 +41,30 @@ def check_config(config: Config) -> None:
         ("train.checkpoint.keep", train.checkpoint.keep),
         ("train.checkpoint.every_steps", train.checkpoint.every_steps),
         ("train.early_stopping.patience", stopping.patience if stopping else None),
-        ("scaling.num_workers", scaling.num_workers),
+        ("train.validate.every_samples", train.validate.every_samples),
+        ("scaling.num_workers", scaling.min_workers),
     ):
         _require(key, value, value is None or value >= 1, "must be at least 1; raise it")
+    if scaling.min_workers > scaling.max_workers:
+        raise UserError(
+            f"scaling.num_workers=[{scaling.min_workers}, {scaling.max_workers}] must ascend: the "
+            "fewest workers, then the most; swap them."
+        )
     for key, number in (
         ("train.checkpoint.every_seconds", train.checkpoint.every_seconds),
         ("train.checkpoint.max_age_s", train.checkpoint.max_age_s),
+        ("train.hang_timeout_s", train.hang_timeout_s),
         ("train.gradient_clip_norm", train.gradient_clip_norm),
         ("scaling.cpus_per_worker", scaling.cpus_per_worker),
+        ("train.validate.beside.cpus", apart.cpus if apart else None),
     ):
         _require(key, number, number is None or number > 0, "must be above 0; raise it")
+    most = train.max_failures
+    _require("train.max_failures", most, most >= 0, "must be at least 0; raise it")
     gpus = scaling.gpus_per_worker
     _require("scaling.gpus_per_worker", gpus, gpus >= 0, "must be at least 0; raise it")
+    gpus = train.validate.gpus
+    _require("train.validate.beside.gpus", gpus, gpus >= 0, "must be at least 0; raise it")
     rule = "must be from 0 to 4294967295; choose such a number"
     _require("seed", config.seed, 0 <= config.seed < 2**32, rule)
     low, high = data.crop_scale
@@ -65,8 +79,9 @@ def check_config(config: Config) -> None:
     rule = "must be a share above 0 and up to 1, e.g. 0.875"
     _require("data.eval_crop", data.eval_crop, 0 < data.eval_crop <= 1, rule)
     _require("data.std", list(data.std), min(data.std) > 0, "must be above 0, e.g. 0.225 each")
-    rule = f"must be at least scaling.num_workers={scaling.num_workers}; raise it or lower that"
-    enough = data.global_batch >= scaling.num_workers
+    workers = scaling.max_workers
+    rule = f"must be at least scaling.num_workers={workers}; raise it or lower that"
+    enough = data.global_batch >= workers
     _require("data.global_batch", data.global_batch, enough, rule)
 
 
@@ -88,22 +103,31 @@ def check_data(config: Config) -> Index:
     augment.check(config.data, label_kind=index.label_kind)
     if config.data.class_weights is not None:
         _check_class_weights(config.data.class_weights, index)
-    samples, workers = index.splits["train"].samples, config.scaling.num_workers
+    samples, workers = index.splits["train"].samples, config.scaling.max_workers
     rule = f"is larger than the {samples} training images of {index.uri}; lower it"
     batch = config.data.global_batch
     _require("data.global_batch", batch, batch <= samples, rule)
     if "val" not in index.splits:
-        if config.train.early_stopping is not None:
-            raise UserError(
-                f"train.early_stopping needs validation images but {index.uri} has none; pack with "
-                "--val-fraction 0.1, or set train.early_stopping to null."
-            )
+        _check_without_validation(config, index)
     elif index.splits["val"].samples < workers:
         raise UserError(
             f"scaling.num_workers={workers} is more than the {index.splits['val'].samples} "
             f"validation images of {index.uri}; use fewer workers or a larger --val-fraction."
         )
     return index
+
+
+def _check_without_validation(config: Config, index: Index) -> None:
+    for key, value in (
+        ("train.early_stopping", config.train.early_stopping),
+        ("train.validate.every_samples", config.train.validate.every_samples),
+        ("train.validate.beside", config.train.validate.beside),
+    ):
+        if value is not None:
+            raise UserError(
+                f"{key} needs validation images but {index.uri} has none; pack with "
+                f"--val-fraction 0.1, or set {key} to null."
+            )
 
 
 def _check_class_weights(weights: ClassWeights, index: Index) -> None:
@@ -123,11 +147,25 @@ def check_model(config: Config, index: Index) -> None:
     """
     model.refuse_second_lightning()
     model.init_args(config.model, num_classes=len(index.classes))
+    loggers.check_loggers(config)
     if issubclass(model.find_class(config.model.class_path), ImageClassifier):
         check_label_kind(index.label_kind)
+        _check_monitor(config)
         # It reads nothing but its arguments, so it can be tried without allocating weights.
         with torch.device("meta"):
             model.build(config.model, num_classes=len(index.classes))
+
+
+def _check_monitor(config: Config) -> None:
+    """Hold early stopping against what `ImageClassifier` logs; other modules log anything."""
+    rule, found = config.train.early_stopping, model.find_class(config.model.class_path)
+    if rule is not None and found is ImageClassifier and rule.monitor not in CLASSIFIER_METRICS:
+        near = difflib.get_close_matches(rule.monitor, CLASSIFIER_METRICS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "name one of them."
+        raise UserError(
+            f"train.early_stopping.monitor={rule.monitor!r} is never logged: ImageClassifier logs "
+            f"{', '.join(CLASSIFIER_METRICS)}; {hint}"
+        )
 
 
 def check_checkpoints(config: Config, index: Index, run: str) -> str | None:
@@ -174,12 +212,15 @@ class Resources:
 
     cpus: float
     gpus: float
+    nodes: tuple[Mapping[str, float], ...] = ()
+    """The resources of each node."""
 
 
 def cluster_resources() -> Resources:
     """Return what the connected Ray cluster has."""
     found = ray.cluster_resources()
-    return Resources(found.get("CPU", 0), found.get("GPU", 0))
+    nodes = tuple(elastic.usable_nodes().values())
+    return Resources(found.get("CPU", 0), found.get("GPU", 0), nodes)
 
 
 def check_resources(config: Config, found: Resources, *, may_grow: bool) -> None:
@@ -193,12 +234,34 @@ def check_resources(config: Config, found: Resources, *, may_grow: bool) -> None
         ("scaling.num_workers", scaling.cpus_per_worker, found.cpus, "CPUs"),
         ("scaling.num_workers", scaling.gpus_per_worker, found.gpus, "GPUs"),
     ):
-        needed = scaling.num_workers * each
+        needed = scaling.min_workers * each
         if needed > available and not may_grow:
             raise UserError(
-                f"{key}={scaling.num_workers} needs {needed:g} {kind} but this cluster has "
+                f"{key}={scaling.min_workers} needs {needed:g} {kind} but this cluster has "
                 f"{available:g}, so the workers would wait for ever; lower it or add nodes."
             )
+    _check_nodes(scaling, found.nodes, may_grow=may_grow)
+    if not may_grow:
+        beside.check_room(config, cpus=found.cpus, gpus=found.gpus)
+
+
+def _check_nodes(
+    scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]], *, may_grow: bool
+) -> None:
+    """Hold single workers against single nodes: none is spread over two."""
+    fits = elastic.room({str(i): node for i, node in enumerate(nodes)}, [], scaling)
+    if fits >= scaling.min_workers or may_grow or not nodes:
+        return
+    key, each, kind = "scaling.cpus_per_worker", scaling.cpus_per_worker, "CPU"
+    largest = max(node.get(kind, 0) for node in nodes)
+    if each <= largest and scaling.gpus_per_worker > 0:
+        key, each, kind = "scaling.gpus_per_worker", scaling.gpus_per_worker, "GPU"
+        largest = max(node.get(kind, 0) for node in nodes)
+    raise UserError(
+        f"{key}={each:g}: the {len(nodes)} nodes of this cluster hold {fits} workers, fewer than "
+        f"scaling.num_workers={scaling.min_workers}, the largest having {largest:g} {kind}s; lower "
+        "one of the two."
+    )
 
 
 def describe_waiting(config: Config, found: Resources) -> str | None:
@@ -211,6 +274,11 @@ def describe_waiting(config: Config, found: Resources) -> str | None:
 
 
 def is_finished(config: Config, run: str) -> bool:
+    """Return whether a run is trained and no validation beside it is out any more."""
+    return is_trained(config, run) and not checkpoint.list_manifests(run)[-1].pending
+
+
+def is_trained(config: Config, run: str) -> bool:
     """Return whether the run's newest checkpoint is its end, under this config."""
     manifests = checkpoint.list_manifests(run)
     if not manifests or not manifests[-1].done:

@@ -3,6 +3,7 @@
 Everything here but the constructor runs in the background thread, or says so.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -18,7 +19,8 @@ import pytorch_lightning as pl
 
 from orchestrator import storage
 from orchestrator.run import METRICS_FILE, QUARANTINE_FILE, append_event
-from orchestrator.train import checkpoint, state
+from orchestrator.train import checkpoint, lease, state
+from orchestrator.train.amendments import Amendments
 from orchestrator.train.background import Background
 from orchestrator.train.checkpoint import FileRecord, Manifest
 from orchestrator.train.journal import Metrics, Part, Quarantine, RunFacts, upload_logs
@@ -42,6 +44,8 @@ class Books:
     """Most recent checkpoints kept, besides the best one."""
     watch: tuple[str, str]
     """Metric and mode that say which checkpoint is the best."""
+    check_lease: Callable[[], None] = lambda: None
+    """Raises a LeaseLostError where another start has the run now."""
 
 
 def open_books(
@@ -56,6 +60,7 @@ def open_books(
         say=facts.board.say.remote,
         keep=settings.checkpoint.keep,
         watch=checkpoint.monitored(settings.early_stopping),
+        check_lease=partial(lease.check, facts.run, facts.lease),
     )
 
 
@@ -108,17 +113,33 @@ class Saver:
         self._background = Background()
         self._unsaid: list[tuple[str, dict[str, Any]]] = []
         self._quarantine_stored = False
+        self._amendments = Amendments(run, self._note)
         self.committed = -1
         """Worker 0: step of this start's last commit, -1 before the first."""
         self.failures = 0
         """Saves in a row that failed here."""
         self.num_failed = 0
+        self.lost = ""
+        """Worker 0: why nothing may be saved any more; empty: it may."""
         self.seconds = 0.0
         """Spent on saving, in this thread."""
 
     def submit(self, attempt: Attempt) -> None:
         """Begin a save; called by the training thread."""
         self._background.submit(partial(self._try, attempt))
+
+    def amend(self, step: int, changes: dict[str, Any]) -> None:
+        """Complete a committed checkpoint's manifest; called by worker 0's training thread."""
+        assert self._books is not None
+        check, metrics = self._books.check_lease, self._books.metrics.frozen()
+
+        def write() -> None:
+            self._amendments.add(step, changes)
+            self._amendments.write(check)
+            with contextlib.suppress(Exception):  # the next checkpoint brings the table
+                storage.write_atomic(storage.join(self._run, METRICS_FILE), metrics.encode())
+
+        self._background.submit(write)
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Add an event to the run's once storage takes it; called by the training thread."""
@@ -147,11 +168,15 @@ class Saver:
     def _try(self, attempt: Attempt) -> None:
         began = time.perf_counter()
         try:
+            self._check_lease()
             share = self._store(attempt)
             attempt.stored.set()
             if self._books is not None:
                 self._commit(attempt, share, self._books)
             self.failures = 0
+        except lease.LeaseLostError as error:
+            # Nothing is deleted: what lies there may be the other start's.
+            self.lost = attempt.failed = str(error)
         except Exception as error:  # whatever a storage client raises: the run goes on and says so
             self._give_up(attempt, " ".join(f"{type(error).__name__}: {error}".split()))
         finally:
@@ -160,7 +185,12 @@ class Saver:
             attempt.stored.set()
             attempt.over.set()
         if self._books is not None and not attempt.failed:
+            self._amendments.write(self._books.check_lease)
             self._tidy(self._books)
+
+    def _check_lease(self) -> None:
+        if self._books is not None:
+            self._books.check_lease()
 
     def _store(self, attempt: Attempt) -> Share:
         attempt.wait_for_copies()
@@ -192,6 +222,7 @@ class Saver:
         files = (*(record for one in shares for record in one.files), *tables)
         stats = {**attempt.point.stats, "bad": len(books.quarantine)}
         manifest = dataclasses.replace(attempt.point, files=files, stats=stats)
+        self._check_lease()
         checkpoint.commit(self._run, manifest)
         self.committed = attempt.step
 

@@ -111,6 +111,14 @@ def restore_state(trainer: pl.Trainer, folder: Path) -> None:
     trainer.precision_plugin.load_state_dict(state["precision"])
 
 
+def load_module(module: pl.LightningModule, folder: Path) -> None:
+    """Give a module that is not being trained the weights of a checkpoint's files."""
+    saved = read_tensors(folder / TRAINER_FILE)["module"]
+    hooked = {**saved, "state_dict": read_weights(folder)}
+    module.on_load_checkpoint(hooked)
+    module.load_state_dict(hooked["state_dict"])
+
+
 def set_progress(trainer: pl.Trainer, *, step: int, epoch: int) -> None:
     """Tell Lightning's loops that `step` optimizer steps and `epoch` epochs lie behind."""
     loop = trainer.fit_loop

@@ -11,19 +11,26 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 import torch
 from ray.train.lightning import RayDDPStrategy, RayDeepSpeedStrategy
-from torch import nn
 from torch.optim import Optimizer
 
-from orchestrator.train import memory, shards
+from orchestrator.train import memory, shards, zero_parts
 from orchestrator.train.precision import Choice
 from orchestrator.train.tensors import OPTIMIZERS_FILE, read_tensors
 from orchestrator.train.tensors import WEIGHTS_FILE as WEIGHTS_FILE
+from orchestrator.train.timed import Timed
 
 LossWeight = Callable[[], float]
 
 
 class ModelStrategy(Protocol):
     """What checkpointing asks of a strategy."""
+
+    def trained(self) -> list[torch.Tensor]:
+        """Return by reference the weights that this worker's optimizer changes."""
+
+    @property
+    def has_skipped(self) -> bool:
+        """Whether the last step changed nothing because its gradient was not finite."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the whole model's weights; all workers call it, rank 0 gets them."""
@@ -49,7 +56,7 @@ def _exact(tensor: Any, reduce_op: Any) -> Any:
     return tensor
 
 
-class _Weighted:
+class _Weighted(Timed):
     """What both strategies change in Lightning's: weighted losses, exact means, a given device."""
 
     _loss_weight: LossWeight
@@ -89,6 +96,15 @@ class DDPStrategy(_Weighted, RayDDPStrategy):  # type: ignore[misc]
         # Gradients are views of what is sent, not a second copy of it: 4 bytes a parameter less.
         super().__init__(gradient_as_bucket_view=True)
         self._loss_weight, self._device = loss_weight, device
+
+    def trained(self) -> list[torch.Tensor]:
+        """Return all trained weights."""
+        return [p.detach() for p in self.lightning_module.parameters() if p.requires_grad]
+
+    @property
+    def has_skipped(self) -> bool:
+        """False: PyTorch's optimizers step, and its loss scaling tells nobody."""
+        return False
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the module's state dict: every worker holds it."""
@@ -139,7 +155,7 @@ class ZeroStrategy(_Weighted, RayDeepSpeedStrategy):  # type: ignore[misc]
         if not self._on_cpu:
             super().setup_environment()
             return
-        _leave_out_shared_memory()
+        zero_parts.leave_out_shared_memory()
         self.accelerator.setup_device(self.root_device)
         # What DeepSpeedStrategy.setup_distributed does after comparing CUDA device indices.
         self.set_world_ranks()
@@ -154,7 +170,7 @@ class ZeroStrategy(_Weighted, RayDeepSpeedStrategy):  # type: ignore[misc]
     def init_deepspeed(self) -> None:
         """Wrap the module in DeepSpeed's engine."""
         super().init_deepspeed()
-        _match_statistics(self.lightning_module)
+        zero_parts.match_statistics(self.lightning_module)
 
     @property
     def _divided_twice(self) -> int:
@@ -164,6 +180,17 @@ class ZeroStrategy(_Weighted, RayDeepSpeedStrategy):  # type: ignore[misc]
     @property
     def _zero(self) -> Any:
         return self.deepspeed_engine.optimizer
+
+    def trained(self) -> list[torch.Tensor]:
+        """Return this worker's part of the fp32 master weights."""
+        zero = self._zero
+        third: list[torch.Tensor] | None = getattr(zero, "fp32_partitioned_groups_flat", None)
+        return [part.detach() for part in third or zero.single_partition_of_fp32_groups]
+
+    @property
+    def has_skipped(self) -> bool:
+        """Whether the last step changed nothing: DeepSpeed 0.19 skips so in every precision."""
+        return bool(self._zero.overflow)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the whole model's weights, gathered from the workers under ZeRO 3."""
@@ -199,62 +226,11 @@ class ZeroStrategy(_Weighted, RayDeepSpeedStrategy):  # type: ignore[misc]
             group.update(saved)
         vars(zero.loss_scaler).update(scaler)
         if self.zero_stage_3:
-            _load_whole(self.lightning_module, weights)
-            _spread_partitions(zero)
+            zero_parts.load_whole(self.lightning_module, weights)
+            zero_parts.spread_partitions(zero)
         else:
             self.lightning_module.load_state_dict(weights)
             zero.update_lp_params()
-
-
-def _match_statistics(module: pl.LightningModule) -> None:
-    """Keep running statistics in the precision of their layer's weights.
-
-    DeepSpeed 0.19 casts weights only, and PyTorch's batch norm refuses bf16 weights with fp32
-    statistics on CPUs ("expected scalar type BFloat16 but found Float").
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine:
-            for buffer in (layer.running_mean, layer.running_var):
-                if buffer is not None:
-                    buffer.data = buffer.data.to(layer.weight.dtype)
-
-
-def _leave_out_shared_memory() -> None:
-    """Keep DeepSpeed from compiling its all-reduce over shared memory, which training never calls.
-
-    It takes a C++ compiler and a minute at the first start, and a worker killed meanwhile leaves a
-    lock behind that the next one waits for.
-    """
-    import deepspeed
-
-    # Found out at the first look otherwise, by trying every one of its ops.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
-
-
-def _load_whole(module: pl.LightningModule, weights: dict[str, Any]) -> None:
-    """Load under ZeRO 3 what no shard holds: buffers and frozen parameters."""
-    import deepspeed
-
-    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    with deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0):
-        for name, tensor in [*frozen.items(), *module.named_buffers()]:
-            if name in weights and tensor.shape == weights[name].shape:
-                tensor.data.copy_(weights[name])
-
-
-def _spread_partitions(zero: Any) -> None:
-    """Let ZeRO 3's parameters follow its master weights, as DeepSpeed does after loading them."""
-    zero.checkpoint_event_prologue()
-    for low, high, parts in zip(
-        zero.fp16_partitioned_groups_flat,
-        zero.fp32_partitioned_groups_flat,
-        zero.fp16_partitioned_groups,
-        strict=True,
-    ):
-        low.data.copy_(high.data)
-        for part, values in zip(parts, zero.unflatten(low, parts), strict=True):
-            part.data = values.data
-    zero.checkpoint_event_epilogue()
 
 
 def build_strategy(

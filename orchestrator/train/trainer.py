@@ -1,21 +1,32 @@
 """Worker side: the Lightning trainer of a run: strategy, precision, callbacks, loggers."""
 
-import dataclasses
-import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import ray.train
 import ray.train.torch
-from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import TensorBoardLogger
 from ray.train.lightning import RayLightningEnvironment, prepare_trainer
 
 from orchestrator import storage
 from orchestrator.data.loader import Loader, Pass
+from orchestrator.run import append_event
+from orchestrator.train.beside import Questions
+from orchestrator.train.beside_validator import BesideValidator
 from orchestrator.train.callback import Recorder
+from orchestrator.train.elastic_pause import PauseAtNotice
+from orchestrator.train.first_step import FirstStep
 from orchestrator.train.job import Job
+from orchestrator.train.loggers import build_loggers
+from orchestrator.train.loops import Plateaus, Trainer
+from orchestrator.train.patient import Patient
 from orchestrator.train.precision import Choice, lightning_precision
+from orchestrator.train.pushed import Pushed
+from orchestrator.train.reporting import Reporter
+from orchestrator.train.standstill import Standstill
 from orchestrator.train.strategy import build_strategy
+from orchestrator.train.validator import Validator
 
 
 class Batches(pl.LightningDataModule):
@@ -36,15 +47,39 @@ class Batches(pl.LightningDataModule):
         return [] if self._validation is None else self._validation.take(1)
 
 
-def build_trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choice) -> pl.Trainer:
-    """Return the Lightning trainer of a run, prepared for Ray Train."""
+def build_trainer(
+    job: Job,
+    recorder: Recorder,
+    loader: Loader,
+    pushed: Pushed,
+    precision: Choice,
+    *,
+    scratch: Path,
+) -> pl.Trainer:
+    """Return the Lightning trainer of a run, prepared for Ray Train.
+
+    What cannot be written to the run's folder at once lies in `scratch` meanwhile.
+    """
     config = job.config
-    callbacks: list[pl.Callback] = [recorder]
-    if config.train.early_stopping is not None:
-        stopping = dataclasses.asdict(config.train.early_stopping)
-        # Before the recorder, so that a commit holds its count of this validation.
-        # Not strict: the recorder says in one sentence that its metric was never logged.
-        callbacks.insert(0, EarlyStopping(**stopping, check_on_train_epoch_end=False, strict=False))
+    callbacks: list[pl.Callback] = [recorder.guard, pushed, Plateaus(recorder), recorder]
+    # After the recorder, which counts the step that it is asked about.
+    beside = job.validation
+    callbacks.append(
+        BesideValidator(recorder, Questions(beside, limit_s=config.train.hang_timeout_s))
+        if beside
+        else Validator(recorder)
+    )
+    # The first: what the others do in a hook is no longer forward and backward.
+    callbacks.insert(0, recorder.clocks)
+    callbacks.append(FirstStep(job.startup, recorder, loader))
+    extra = _extra_loggers(job, recorder, scratch)
+    callbacks.append(Reporter(recorder, loader, extra))
+    limit_s = config.train.hang_timeout_s
+    callbacks.append(Standstill(job.run, job.board, limit_s, lambda: recorder.step))
+    # After the recorder, which counts the step that it commits.
+    callbacks.append(
+        PauseAtNotice(recorder, loader, config.scaling, resize_every_s=job.resize_every_s)
+    )
 
     def loss_weight() -> float:
         assert loader.current is not None
@@ -52,19 +87,22 @@ def build_trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choic
 
     # Not "auto": a worker that reserved no GPU may still see those of its machine.
     device = ray.train.torch.get_device()
-    trainer = pl.Trainer(
+    strategy = build_strategy(
+        job.strategy, loss_weight, device, offload=config.train.offload_optimizer
+    )
+    strategy.timeline = recorder.clocks.timeline
+    trainer = Trainer(
+        recorder.place,
         accelerator=device.type,
         devices="auto",
-        strategy=build_strategy(
-            job.strategy, loss_weight, device, offload=config.train.offload_optimizer
-        ),
+        strategy=strategy,
         plugins=[RayLightningEnvironment()],
         precision=lightning_precision(precision.value),
         max_epochs=config.train.max_epochs,
         accumulate_grad_batches=loader.batching.accumulation,
         gradient_clip_val=config.train.gradient_clip_norm,
         callbacks=callbacks,
-        logger=TensorBoardLogger(_log_folder(job.run), name="", version=""),
+        logger=[TensorBoardLogger(_log_folder(job.run, scratch), name="", version=""), *extra],
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -76,7 +114,22 @@ def build_trainer(job: Job, recorder: Recorder, loader: Loader, precision: Choic
     return prepared
 
 
-def _log_folder(run: str) -> str:
-    if not storage.is_remote(run):
-        return storage.join(run, "tensorboard")
-    return tempfile.mkdtemp(prefix="orchestrator-tensorboard-")
+def _extra_loggers(job: Job, recorder: Recorder, scratch: Path) -> list[Patient]:
+    """Build those of `train.loggers` where something is logged: on rank 0."""
+    if ray.train.get_context().get_world_rank() != 0 or not job.config.train.loggers:
+        return []
+    remote = storage.is_remote(job.run)
+    folder = scratch if remote else Path(storage.join(job.run, "loggers"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def tell(kind: str, /, **fields: Any) -> None:
+        if hasattr(recorder, "committer"):
+            recorder.committer.tell(kind, **fields)
+        else:  # a logger failed before training began
+            append_event(job.run, kind, **fields)
+
+    return build_loggers(job.config, job.run, folder, tell)
+
+
+def _log_folder(run: str, scratch: Path) -> str:
+    return str(scratch) if storage.is_remote(run) else storage.join(run, "tensorboard")

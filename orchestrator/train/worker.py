@@ -1,13 +1,11 @@
 """Worker side: the function that every Ray Train worker runs."""
 
+import contextlib
 import dataclasses
 import logging
-import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
-import pytorch_lightning as pl
 import ray
 import ray.train
 import ray.train.torch
@@ -16,73 +14,50 @@ from ray import cloudpickle
 from ray.train.collective import broadcast_from_rank_zero
 
 from orchestrator import cluster, storage
-from orchestrator.config import Config, UserError
+from orchestrator.config import UserError
 from orchestrator.data import feeds
 from orchestrator.data.sources import read_data
-from orchestrator.run import CONFIG_FILE, append_event
-from orchestrator.train import checkpoint, feeding, model
-from orchestrator.train.callback import Recorder
+from orchestrator.run import CONFIG_FILE, append_event, read_events
+from orchestrator.train import checkpoint, elastic, failures, feeding, shrink
 from orchestrator.train.job import Job
-from orchestrator.train.journal import RunFacts
-from orchestrator.train.precision import Choice, choose_precision
-from orchestrator.train.trainer import Batches, build_trainer
+from orchestrator.train.staging import Staging
+from orchestrator.train.startup import Startup, importing
 
 
-def train_worker(payload: dict[str, Any]) -> None:
+def train_worker(pickled: bytes, startup: Startup) -> None:
     """Train until the run converges or reaches its last epoch; resume where it was committed."""
-    job: Job = cloudpickle.loads(payload["job"])
+    job: Job = dataclasses.replace(cloudpickle.loads(pickled), startup=startup)
+    with failures.portable():
+        _train(job)
+
+
+def _train(job: Job) -> None:
     _prepare_process(job)
+    job = _fitting(job)
     config, rank = job.config, ray.train.get_context().get_world_rank()
     num_workers = ray.train.get_context().get_world_size()
     index = read_data(config.data)
-    with tempfile.TemporaryDirectory(
-        prefix="orchestrator-resume-", ignore_cleanup_errors=True
-    ) as folder:
-        resumed = _find_checkpoint(job, Path(folder), rank)
+    with contextlib.closing(Staging()) as staging, contextlib.ExitStack() as opened:
+        folder = staging.folder()
+        resumed = _find_checkpoint(job, folder, rank)
+        job.startup.mark("checkpoint")
         step = resumed.step if resumed else 0
         feed = feeds.training_feed(config, index, num_workers=num_workers)
         ended = resumed is not None and resumed.done not in ("", "max_epochs")
         if ended or step >= feed.batching.num_steps:
             return
-        pl.seed_everything(config.seed, verbose=False)
-        module = model.build(config.model, num_classes=len(index.classes))
-        _check_module(module, config, feed.batching.accumulation)
-        precision = _agree_on_precision(config, module, resumed, rank)
+        elastic.refuse_drained_node(job.run, step=step)
         placement = feeding.place_readers(job)
         loader = feeding.build_loader(feed, job, index, placement, rank=rank, step=step)
-        facts = RunFacts(
-            run=job.run,
-            config=config,
-            index_digest=index.digest,
-            strategy=job.strategy.value,
-            precision=precision.value,
-            samples_per_epoch=feed.samples_per_epoch,
-            board=job.board,
-        )
-        validation = (
-            feeding.validation_loader(job, placement.beside(), rank)
-            if "val" in index.splits
-            else None
-        )
-        start = (resumed, Path(folder)) if resumed else None
-        recorder = Recorder(facts, loader, validation, start)
-        if rank == 0:
-            append_event(
-                job.run,
-                "decided",
-                precision=str(precision),
-                strategy=str(job.strategy),
-                decode_slots=f"{placement.slots}: {placement.reason}",
-            )
-        if hasattr(module, "total_steps"):
-            module.total_steps = feed.batching.num_steps  # type: ignore[assignment]
-        trainer = build_trainer(job, recorder, loader, precision)
-        try:
-            trainer.fit(module, datamodule=Batches(recorder, loader, validation))
-        finally:
-            loader.close()
-            if validation is not None:
-                validation.close()
+        opened.callback(loader.close)
+        # Before the rest: the first batch takes seconds, which pass beside it.
+        loader.start()
+        job.startup.mark("reading")
+        with importing():
+            # Lightning takes seconds: they pass beside the reading.
+            from orchestrator.train.training import Work, train
+        job.startup.mark("worker imports")
+        train(Work(job, index, feed, resumed, folder, staging, placement, loader))
 
 
 def _prepare_process(job: Job) -> None:
@@ -97,6 +72,14 @@ def _prepare_process(job: Job) -> None:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
+def _fitting(job: Job) -> Job:
+    """Return the job with micro-batches as small as earlier starts learnt that they must be."""
+    first = ray.train.get_context().get_world_rank() == 0
+    limits = shrink.limits_of(read_events(job.run)) if first else {}
+    agreed: dict[str, int] = broadcast_from_rank_zero(limits)
+    return dataclasses.replace(job, config=shrink.limited(job.config, agreed))
 
 
 def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest | None:
@@ -120,40 +103,3 @@ def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest |
             append_event(job.run, "checkpoint_refused", problem=problem)
     broadcast_from_rank_zero(None)  # nobody reads on before rank 0 has cleared
     return found
-
-
-def _check_module(module: pl.LightningModule, config: Config, accumulation: int) -> None:
-    if module.automatic_optimization or (
-        accumulation == 1 and config.train.gradient_clip_norm is None
-    ):
-        return
-    raise UserError(
-        f"model.class_path={config.model.class_path!r} has automatic_optimization False, so "
-        f"Lightning neither accumulates its {accumulation} micro-batches a step nor clips its "
-        "gradient; raise data.max_micro_batch or scaling.num_workers, and set "
-        "train.gradient_clip_norm to null."
-    )
-
-
-def _agree_on_precision(
-    config: Config, module: pl.LightningModule, resumed: checkpoint.Manifest | None, rank: int
-) -> Choice:
-    """Let worker 0 choose for all; a resumed run keeps the arithmetic it was started with."""
-    if resumed is not None and config.train.precision == "auto":
-        return Choice(resumed.precision, f"as before the resume at step {resumed.step}")
-    choice: tuple[str, str] | None = None
-    if rank == 0:
-        data = config.data
-        num_workers = ray.train.get_context().get_world_size()
-        batch = min(data.max_micro_batch, -(-data.global_batch // num_workers))
-        # Plain words: the actor that passes them on would import Lightning for a Choice.
-        choice = dataclasses.astuple(
-            choose_precision(
-                config.train.precision,
-                module,
-                device=ray.train.torch.get_device(),
-                batch=batch,
-                image_size=data.image_size,
-            )
-        )
-    return Choice(*broadcast_from_rank_zero(choice))

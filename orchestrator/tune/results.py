@@ -37,12 +37,14 @@ class Row:
     why: str = ""
     """More about the reason: the rung that was missed, or what failed."""
     epochs: int = 0
+    step: int = 0
+    """Of its last validation."""
     best: float | None = None
     """Best finite value of the sweep's metric."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     """All metrics of the validation with the best value."""
     curve: tuple[tuple[int, float], ...] = ()
-    """(epochs, value of the sweep's metric) of each validation."""
+    """(whole epochs, value of the sweep's metric) of each validation, in order."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,9 +119,13 @@ class Ledger:
 
     def report(self, trial: int, metrics: Mapping[str, Any]) -> float:
         """Note a validation and return its value of the sweep's metric."""
-        row, value, epochs = self._rows[trial], float(metrics[self.metric]), int(metrics["epoch"])
-        if epochs > row.epochs:
-            row = dataclasses.replace(row, epochs=epochs, curve=(*row.curve, (epochs, value)))
+        row, value = self._rows[trial], float(metrics[self.metric])
+        epochs, step = int(metrics["epoch"]), int(metrics["step"])
+        # One that a restart did again counts once. Those within an epoch count, too: rungs compare
+        # the best so far, and a sweep that is submitted again fills them from this curve.
+        if step > row.step:
+            curve = (*row.curve, (epochs, value))
+            row = dataclasses.replace(row, epochs=max(epochs, row.epochs), step=step, curve=curve)
         sign = 1 if self._tune.mode == "min" else -1
         if math.isfinite(value) and (row.best is None or sign * value < sign * row.best):
             named = {k: float(v) for k, v in metrics.items() if k not in _BOOKKEEPING}

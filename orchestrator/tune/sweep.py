@@ -117,8 +117,8 @@ def _count_concurrent(
     for config in configs:
         preflight.check_resources(config, found, may_grow=may_grow)
     needs = [
-        (max(c.scaling.num_workers * c.scaling.cpus_per_worker for c in configs), found.cpus),
-        (max(c.scaling.num_workers * c.scaling.gpus_per_worker for c in configs), found.gpus),
+        (max(c.reserved_cpus(c.scaling.max_workers) for c in configs), found.cpus),
+        (max(c.reserved_gpus(c.scaling.max_workers) for c in configs), found.gpus),
     ]
     fits = min((int(has / need) for need, has in needs if need > 0), default=len(configs))
     asked = tune.max_concurrent_trials

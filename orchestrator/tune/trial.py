@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from orchestrator import cluster
 from orchestrator.config import Config, UserError
 from orchestrator.train import launch
+from orchestrator.train.errors import Diverged
 from orchestrator.tune.mailbox import Forward, Mail
 from orchestrator.tune.rungs import Reason
 
@@ -118,6 +119,13 @@ def _outcome(training: "concurrent.futures.Future[launch.RunResult]", mail: Mail
             run.best,
             int(run.result["epochs"]),
         )
-    told = isinstance(error, UserError | launch.TrainingFailed)
+    return failure(error)
+
+
+def failure(error: BaseException) -> Ended:
+    """Return the last word of a trial that an error ended: also a diverged one is only a trial."""
     line = cluster.sentence(error)
+    if isinstance(error, Diverged):
+        return Ended("failed", f"diverged: {line}")
+    told = isinstance(error, UserError | launch.TrainingFailed)
     return Ended("failed", line if told else f"{type(error).__name__}: {line}")

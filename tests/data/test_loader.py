@@ -66,6 +66,23 @@ def test_a_resumed_loader_goes_on_where_another_stopped(tmp_path: Path) -> None:
     assert whole[5:] == resumed
 
 
+@pytest.mark.parametrize("held", [1, 4, 100])
+def test_steps_held_in_memory_are_the_same_and_wait_for_nothing(tmp_path: Path, held: int) -> None:
+    feed = make_feed(tmp_path, num_workers=2)
+    steps = feed.batching.num_steps
+    expected = [batch["id"] for batch in loader(feed, 1).take(steps)]
+    mine = loader(feed, 1)
+    found, waited_s = [], []
+    for batch in mine.take(steps):
+        found.append(batch["id"])
+        if len(found) == 3:
+            mine.hold(held)
+        waited_s.append(mine.waited_s)
+    assert found == expected
+    assert len(set(waited_s[2 : 3 + held])) == 1
+    assert mine.prepared_s > 0
+
+
 def test_the_batch_is_what_a_training_step_is_promised(tmp_path: Path) -> None:
     feed = make_feed(tmp_path, num_workers=1)
     batch = next(iter(loader(feed, 0).take(1)))

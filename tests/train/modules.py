@@ -2,13 +2,17 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import ray
 import torch
 from torch import nn
 from torch.nn import functional
+
+from orchestrator.train.callback import Recorder
 
 
 class UserModule(pl.LightningModule):
@@ -95,8 +99,108 @@ class NoDropout(FailsOnce):
         return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
 
 
+class Slow(UserModule):
+    """Takes its time until a folder holds "fast"; leaves its steps and workers' nodes there."""
+
+    def __init__(self, num_classes: int, folder: str, step_s: float) -> None:
+        super().__init__(num_classes)
+        self.folder = Path(folder)
+        self.step_s = step_s
+
+    def on_train_start(self) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        (self.folder / f"rank-{self.trainer.global_rank}").write_text(node)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        if not (self.folder / "fast").exists():
+            time.sleep(self.step_s)
+        if self.trainer.global_rank == 0:
+            with (self.folder / "steps").open("a") as file:
+                file.write(f"{self.trainer.global_step}\n")
+        return super().training_step(batch, batch_idx)
+
+
 class NeverImproves(UserModule):
     """Its validation loss only grows."""
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("val_loss", float(self.current_epoch), batch_size=len(batch["id"]), sync_dist=True)
+
+
+class Validated(UserModule):
+    """Its validation loss falls with the steps done until step 10; then it is 1."""
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        step = self.trainer.global_step
+        loss = 1 / (1 + step) if step <= 10 else 1.0
+        self.log("val_loss", loss, batch_size=len(batch["id"]), sync_dist=True)
+
+
+class KilledAtSeven(Validated):
+    """Ends after the validation of step 7, in front of the commit."""
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.global_step == 7:
+            raise KeyError("killed")
+
+
+class PausedAtSeven(Validated):
+    """Commits after step 7, as at a preemption's notice, and ends."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        recorder = next(c for c in self.trainer.callbacks if isinstance(c, Recorder))
+        if recorder.step == 7:
+            recorder.commit(self.trainer, metrics={}, done="", must=True)
+            assert recorder.committer.finish() == 7
+            raise KeyError("paused")
+
+
+class Stumbles(_Once):
+    """Its last worker once sleeps in a step for ever; two steps later it always raises."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        if self.trainer.global_step == self.at_step + 2:
+            raise Peculiar(self.at_step, "this sample is odd")
+        return super().training_step(batch, batch_idx)
+
+    def happen(self) -> None:
+        time.sleep(3600)
+
+
+class Peculiar(Exception):
+    """Only the worker knows this class, and it cannot be read back."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(what)
+
+
+class KilledBeside(UserModule):
+    """Killed by SIGKILL at its first validation, and once in training; it never improves."""
+
+    def __init__(self, num_classes: int, markers: str, step_s: float) -> None:
+        super().__init__(num_classes)
+        self.markers = Path(markers)
+        self.step_s = step_s
+
+    def _die_once(self, marker: str) -> None:
+        if not (self.markers / marker).exists():
+            (self.markers / marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        time.sleep(self.step_s)
+        if self.trainer.global_step == 13 and self.trainer.global_rank == 1:
+            self._die_once("trained")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._die_once("validated")
+        self.log("val_loss", self.trainer.global_step / 100, batch_size=len(batch["id"]))
+
+
+class Dawdles(UserModule):
+    """Slow enough to be watched from outside."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        time.sleep(0.2)
+        return super().training_step(batch, batch_idx)

@@ -70,6 +70,7 @@ class Worker:
     max_age_s: float = 3600.0
     resumed: Path | None = None
     lines: list[str] = dataclasses.field(default_factory=list)
+    check_lease: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.consumed = Consumed(self.rank, samples_per_epoch=1000, audit=True)
@@ -82,6 +83,7 @@ class Worker:
             say=self.lines.append,
             keep=self.keep,
             watch=("val_loss", "min"),
+            check_lease=self.check_lease,
         )
         self.committer = Committer(
             self.run,

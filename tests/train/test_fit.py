@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from orchestrator.run import read_events
 from orchestrator.train import checkpoint
 from orchestrator.train.launch import RunResult, TrainingFailed, fit
 from orchestrator.train.strategy import WEIGHTS_FILE, read_tensors
+from orchestrator.train.timeline import PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 TRAIN, EPOCHS = 75, 3  # 75 is no multiple of the global batch: steps straddle epochs
@@ -86,6 +88,17 @@ def assert_exactly_once(result: RunResult, *, missing: frozenset[str] = frozense
     assert set(counts) == {(epoch, i) for epoch in range(EPOCHS) for i in expected}
 
 
+def assert_accounted(result: RunResult) -> None:
+    """Check that the run's seconds are known by part, and that something is said of them."""
+    found = result.result
+    assert set(found["time"]) == set(PARTS)
+    assert min(found["time"].values()) >= 0
+    # Workers get their first batch at slightly different times.
+    assert abs(found["unattributed_s"]) < 0.5 + 0.02 * found["allocated_s"]
+    assert 0 < found["ettr"] < 1
+    assert re.match(r"[a-z- ]+: .*\.$", found["verdict"])
+
+
 @pytest.fixture(scope="module")
 def undisturbed(data: Index, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunResult]:
     config = make_config(data, tmp_path_factory.mktemp("runs"), "undisturbed", "UserModule")
@@ -102,6 +115,7 @@ def test_a_run_writes_all_that_its_folder_promises(undisturbed: tuple[Config, Ru
     assert result.result["samples_seen"] == TRAIN * EPOCHS
     assert result.result["restarts"] == 0
     assert 0 <= result.result["data_wait_share"] <= 1
+    assert_accounted(result)
     assert result.best["val_loss"] <= result.result["final"]["val_loss"]
     assert list((run / "tensorboard").glob("events*"))
     metrics = pq.read_table(run / "metrics.parquet").to_pylist()
@@ -129,6 +143,8 @@ def test_a_killed_worker_costs_nothing_but_time(
     result = fit(replace_train(config, max_failures=1))
     assert Path(marker).exists()
     assert result.result["restarts"] == 1
+    assert_accounted(result)
+    assert result.result["time"]["restart"] > 1
     starts = [event["step"] for event in read_events(result.run) if event["event"] == "training"]
     assert starts == [0, 8]
     expected = final_weights(undisturbed[1])

@@ -2,11 +2,20 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packed import write_packed
 
-from orchestrator.config import Config, DataConfig, TrainConfig, UserError
+from orchestrator.config import (
+    BesideConfig,
+    Config,
+    DataConfig,
+    EarlyStoppingConfig,
+    TrainConfig,
+    UserError,
+    ValidateConfig,
+)
 from orchestrator.data.index import Index
 from orchestrator.train import checkpoint, preflight
 from orchestrator.train.checkpoint import Manifest
@@ -86,3 +95,46 @@ def test_a_seed_that_torch_would_refuse_is_refused_first(
     config = dataclasses.replace(make_config(index, tmp_path, max_epochs=1), seed=seed)
     with pytest.raises(UserError, match=r"seed=.* must be from 0 to 4294967295"):
         preflight.check_config(config)
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_failures", -1), ("hang_timeout_s", 0.0)])
+def test_how_often_and_how_long_to_wait_is_checked(
+    index: Index, tmp_path: Path, field: str, value: float
+) -> None:
+    config = make_config(index, tmp_path, max_epochs=1)
+    train = dataclasses.replace(config.train, **{field: value})
+    with pytest.raises(UserError, match=rf"train\.{field}=.* must be"):
+        preflight.check_config(dataclasses.replace(config, train=train))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"every_samples": 0}, r"train\.validate\.every_samples=0 must be at least 1"),
+        ({"beside": BesideConfig(cpus=0)}, r"train\.validate\.beside\.cpus=0 must be above 0"),
+        ({"beside": BesideConfig(gpus=-1)}, r"train\.validate\.beside\.gpus=-1 must be at least 0"),
+    ],
+)
+def test_validation_that_cannot_be_is_refused(
+    index: Index, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    config = make_config(index, tmp_path, max_epochs=1)
+    train = dataclasses.replace(config.train, validate=ValidateConfig(**changes))
+    with pytest.raises(UserError, match=said):
+        preflight.check_config(dataclasses.replace(config, train=train))
+
+
+def test_validation_needs_images(tmp_path: Path) -> None:
+    config = make_config(write_packed(tmp_path / "data", train=40, val=0), tmp_path, max_epochs=1)
+    train = TrainConfig(early_stopping=None, validate=ValidateConfig(every_samples=7))
+    with pytest.raises(UserError, match=r"train\.validate\.every_samples needs validation images"):
+        preflight.check_data(dataclasses.replace(config, train=train))
+
+
+def test_a_metric_that_the_classifier_never_logs_is_refused_at_once(
+    index: Index, tmp_path: Path
+) -> None:
+    config = make_config(index, tmp_path, max_epochs=1)
+    train = TrainConfig(early_stopping=EarlyStoppingConfig(monitor="val_los"))
+    with pytest.raises(UserError, match=r"'val_los' is never logged.* did you mean 'val_loss'\?"):
+        preflight.check_model(dataclasses.replace(config, train=train), index)

@@ -17,7 +17,7 @@ from orchestrator.tune.results import (
     read_sweep,
     write_outcome,
 )
-from orchestrator.tune.rungs import Reason
+from orchestrator.tune.rungs import Reason, Rungs
 
 LR = "model.init_args.lr"
 TUNE = TuneConfig(space={LR: {"uniform": [0, 1]}})
@@ -54,6 +54,23 @@ def test_a_row_keeps_the_best_value_and_the_whole_curve(ledger: Ledger) -> None:
     assert (row.epochs, row.best) == (4, 0.25)
     assert row.metrics == {"val_loss": 0.25, "val_acc": 0.75}
     assert [epoch for epoch, _ in row.curve] == [1, 2, 3, 4]
+
+
+def test_validations_within_an_epoch_fill_the_same_rungs_in_a_sweep_submitted_again(
+    ledger: Ledger,
+) -> None:
+    live = Rungs(grace_epochs=1, reduction_factor=2, mode="min")
+    for step, epochs, loss in ((3, 0, 0.3), (7, 0, 0.2), (10, 1, 0.4), (13, 1, 0.1), (20, 2, 0.5)):
+        ledger.report(0, {**metrics(epochs, loss), "step": step})
+        live.record(0, epochs=epochs, value=loss)
+    assert ledger.result.rows[0].epochs == 2
+    again = Rungs(grace_epochs=1, reduction_factor=2, mode="min")
+    for epochs, value in ledger.result.rows[0].curve:
+        again.record(0, epochs=epochs, value=value)
+    for rungs in (live, again):
+        # At epoch 1 the best so far was 0.2, and 0.1 came only after it.
+        assert rungs.record(1, epochs=1, value=0.19).decision == "keep"
+        assert rungs.record(2, epochs=1, value=0.25).decision == "prune"
 
 
 def test_a_trial_has_exactly_one_reason(ledger: Ledger, said: list[str]) -> None:

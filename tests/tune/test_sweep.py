@@ -152,7 +152,7 @@ def test_a_finished_sweep_is_returned_as_it_is(tmp_path: Path) -> None:
     uri = run_uri(config)
     row = Row(trial=0, overrides={f"{MODEL}.curve": [0.5]}, run=f"{uri}/trials/0000")
     ledger = Ledger(uri, config.tune, [row], lambda line: None)
-    ledger.report(0, {"val_loss": 0.5, "epoch": 1})
+    ledger.report(0, {"val_loss": 0.5, "epoch": 1, "step": 5})
     ledger.end(0, "converged")
     said: list[str] = []
     again = sweep.search(config, say=said.append)

@@ -1,0 +1,278 @@
+"""Driver side: one driver at a time on one run, by a lease in the run's folder. No Ray.
+
+`lease-<number>.json` says who drives the run; the highest number holds. Taking over is creating the
+next number, which of several drivers only one can. Its content changes with every heartbeat, and
+whenever the driver starts new workers: those of an earlier start, or of a driver that was taken
+over from, find another token there and no longer commit.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestrator import storage
+from orchestrator.config import UserError
+from orchestrator.storage import MissingError, StorageError
+
+BEAT_S = 10.0
+EXPIRES_S = 60.0
+"""Without a heartbeat for so long, a driver on another machine counts as dead."""
+_LOOK_S = 1.0
+_PREFIX, _SUFFIX = "lease-", ".json"
+
+_log = logging.getLogger(__name__)
+_held: set[str] = set()  # drivers of this very process
+
+
+class LeaseLostError(UserError):
+    """Another driver, or a later start, has the run now."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who drives a run."""
+
+    driver: str
+    """Unlike any other driver's."""
+    start: int
+    """How often it has started workers."""
+    host: str
+    machine: str
+    """Names the process ids that `pid` is one of; empty where that cannot be known."""
+    pid: int
+    born: str
+    """When the process began: process ids come back."""
+    since: float
+    """Seconds since 1970."""
+    beat: float
+    """The last heartbeat, in seconds since 1970."""
+
+    @property
+    def token(self) -> str:
+        """What workers must find to commit."""
+        return f"{self.driver}-{self.start}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    number: int
+    holder: Holder
+
+
+class Lease:
+    """A lease that is held; its heart beats in a thread of its own."""
+
+    def __init__(self, run: str, entry: _Entry) -> None:
+        self._uri = _uri(run, entry.number)
+        self._run = run
+        self._number = entry.number
+        self._holder = entry.holder
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def renew(self) -> str:
+        """Return a token for new workers; those of earlier starts can no longer commit.
+
+        Raises:
+            LeaseLostError: another driver has the run.
+        """
+        with self._lock:
+            self._check_mine()
+            self._write(dataclasses.replace(self._holder, start=self._holder.start + 1))
+            return self._holder.token
+
+    def release(self) -> None:
+        """Give the run up: the next driver finds it free."""
+        self._over.set()
+        self._thread.join(timeout=EXPIRES_S)
+        _held.discard(self._holder.driver)
+        with contextlib.suppress(StorageError):  # it expires by itself
+            _delete_up_to(self._run, self._number)
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_S):
+            try:
+                with self._lock:
+                    self._check_mine()
+                    self._write(dataclasses.replace(self._holder, beat=time.time()))
+            except LeaseLostError:
+                return  # what is left of this run's workers finds out when it commits
+            except StorageError as error:
+                _log.debug("no heartbeat: %s", error)
+
+    def _check_mine(self) -> None:
+        newest = _newest(self._run)
+        if newest is None or newest.holder.driver != self._holder.driver:
+            raise _lost(self._run, newest)
+
+    def _write(self, holder: Holder) -> None:
+        storage.write_atomic(self._uri, _encode(holder))
+        self._holder = holder
+
+
+@contextlib.contextmanager
+def held(run: str) -> Iterator[Lease]:
+    """Hold a run's lease while the block runs.
+
+    Raises:
+        UserError: another driver trains this run.
+    """
+    lease = Lease(run, _acquire(run))
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def check(run: str, token: str) -> None:
+    """Check that a start's workers may still commit.
+
+    Raises:
+        LeaseLostError: they may not.
+        StorageError: storage does not tell.
+    """
+    newest = _newest(run)
+    if newest is None or newest.holder.token != token:
+        raise _lost(run, newest)
+
+
+def _lost(run: str, newest: "_Entry | None") -> LeaseLostError:
+    if newest is None:
+        return LeaseLostError(f"{run} was ended by its driver while these workers still ran.")
+    holder = newest.holder
+    return LeaseLostError(
+        f"{run} was taken over by process {holder.pid} on {holder.host}; leave it to that one."
+    )
+
+
+def _acquire(run: str) -> _Entry:
+    while True:
+        newest = _newest(run)
+        if newest is not None and not _is_dead(newest.holder):
+            _await_death(run, newest)
+        now = time.time()
+        mine = Holder(
+            driver=uuid.uuid4().hex,
+            start=0,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            born=_born(os.getpid()),
+            since=now,
+            beat=now,
+        )
+        number = newest.number + 1 if newest else 1
+        _held.add(mine.driver)  # before anyone can read it
+        if storage.create(_uri(run, number), _encode(mine)):
+            _delete_up_to(run, number - 1)
+            return _Entry(number, mine)
+        _held.discard(mine.driver)
+
+
+def _await_death(run: str, newest: _Entry) -> None:
+    """Return once the holder's lease has expired.
+
+    Raises:
+        UserError: it lives.
+    """
+    holder = newest.holder
+    age_s = time.time() - holder.beat
+    if _is_here(holder):
+        raise _busy(run, holder, age_s)
+    if age_s > EXPIRES_S:
+        return
+    _log.warning(
+        "%s was trained by process %d on %s, last seen %.0f s ago; waiting up to %.0f s to see "
+        "whether it still lives",
+        run, holder.pid, holder.host, age_s, EXPIRES_S,
+    )  # fmt: skip
+    # By this machine's clock alone: the other one's may be wrong.
+    deadline = time.monotonic() + EXPIRES_S
+    while time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        now = _newest(run)
+        if now is None:
+            return
+        if now != newest:
+            raise _busy(run, now.holder, time.time() - now.holder.beat)
+
+
+def _busy(run: str, holder: Holder, age_s: float) -> UserError:
+    return UserError(
+        f"{run} is being trained by process {holder.pid} on {holder.host} (last sign of life "
+        f"{max(0.0, age_s):.0f} s ago); end that one, or give this run another --name."
+    )
+
+
+def _is_here(holder: Holder) -> bool:
+    """Return whether the holder's process ids are this machine's."""
+    return holder.machine != "" and holder.machine == _machine()
+
+
+def _is_dead(holder: Holder) -> bool:
+    """Return whether the holder is known to have ended."""
+    if not _is_here(holder):
+        return False
+    if holder.pid == os.getpid():
+        return holder.driver not in _held
+    return _born(holder.pid) != holder.born
+
+
+def _machine() -> str:
+    """Return the boot and the process-id space of this process, or nothing but on Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _born(pid: int) -> str:
+    """Return when a process began, in clock ticks since the boot; empty where it has ended."""
+    try:
+        # The name, which may hold anything, is in brackets.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _newest(run: str) -> _Entry | None:
+    numbers = _numbers(run)
+    if not numbers:
+        return None
+    number = max(numbers)
+    try:
+        return _Entry(number, Holder(**json.loads(storage.read_bytes(_uri(run, number)))))
+    except MissingError:
+        return _newest(run)  # released this moment
+
+
+def _numbers(run: str) -> list[int]:
+    names = [e.name for e in storage.list_folder(run) if not e.is_folder]
+    inner = [name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names]
+    return [int(number) for number in inner if number.isdecimal()]
+
+
+def _delete_up_to(run: str, number: int) -> None:
+    for found in _numbers(run):
+        if found <= number:
+            storage.delete_file(_uri(run, found))
+
+
+def _uri(run: str, number: int) -> str:
+    return storage.join(run, f"{_PREFIX}{number:06d}{_SUFFIX}")
+
+
+def _encode(holder: Holder) -> bytes:
+    return json.dumps(dataclasses.asdict(holder), indent=1).encode()

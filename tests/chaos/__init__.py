@@ -1,0 +1,1 @@
+"""Kills real runs at random moments, and checks all that was promised."""
