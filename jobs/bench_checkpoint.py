@@ -22,12 +22,12 @@ from torch import nn
 
 from orchestrator import storage
 from orchestrator.config import CheckpointConfig
-from orchestrator.train import checkpoint, state
-from orchestrator.train.checkpoint import Manifest
-from orchestrator.train.commit import Committer
-from orchestrator.train.journal import Consumed, Metrics, Quarantine
-from orchestrator.train.saver import Books
-from orchestrator.train.tensors import (
+from orchestrator.train.saving import checkpoint, state
+from orchestrator.train.saving.checkpoint import Manifest
+from orchestrator.train.saving.commit import Committer
+from orchestrator.train.saving.journal import Consumed, Metrics, Quarantine
+from orchestrator.train.saving.saver import Books
+from orchestrator.train.strategies.tensors import (
     EXTRA_WEIGHTS,
     OPTIMIZERS_FILE,
     TRAINER_FILE,

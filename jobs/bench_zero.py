@@ -4,7 +4,7 @@
 
 Real DeepSpeed engines in gloo processes on CPUs, through the strategies that training uses. Counted
 in the middle of an accumulated step: every tensor that Python holds, each storage once. The formula
-is `orchestrator.train.memory.need` (Rajbhandari et al., "ZeRO", SC 2020, section 3).
+is `orchestrator.train.strategies.memory.need` (Rajbhandari et al., "ZeRO", SC 2020, section 3).
 """
 
 import argparse
@@ -22,10 +22,10 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from torch import nn
 from torch.nn import functional
 
-from orchestrator.train import memory, shards
-from orchestrator.train.memory import ModelSize, Need, in_words, need
-from orchestrator.train.precision import Choice, lightning_precision
-from orchestrator.train.strategy import build_strategy, sync_buffers
+from orchestrator.train.strategies import memory, shards
+from orchestrator.train.strategies.memory import ModelSize, Need, in_words, need
+from orchestrator.train.strategies.precision import Choice, lightning_precision
+from orchestrator.train.strategies.strategy import build_strategy, sync_buffers
 
 CPU = torch.device("cpu")
 INPUTS, CLASSES, BATCH = 256, 10, 24

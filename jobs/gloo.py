@@ -20,7 +20,7 @@ def run_workers(
     """Return what `function(rank, world_size, *args)` returns in processes that find each other."""
     context = multiprocessing.get_context("forkserver")
     # Imported once; the workers are forked from there, in milliseconds.
-    context.set_forkserver_preload(["deepspeed", "orchestrator.train.strategy"])
+    context.set_forkserver_preload(["deepspeed", "orchestrator.train.strategies.strategy"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

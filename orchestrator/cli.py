@@ -32,7 +32,7 @@ def train(argv: Sequence[str]) -> int:
     if config is None:
         return 0
     # Torch and Ray take seconds to import; a wrong argument is answered before that.
-    from orchestrator.train.startup import Startup, importing, process_began
+    from orchestrator.train.timing.startup import Startup, importing, process_began
 
     startup = Startup(process_began())
     startup.mark("command")

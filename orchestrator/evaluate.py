@@ -22,9 +22,10 @@ from orchestrator.data.loader import Loader, Opened
 from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
 from orchestrator.data.sources import read_data, verify_data
 from orchestrator.run import EVALUATION_FILE, read_config
-from orchestrator.train import checkpoint, model, preflight
-from orchestrator.train.precision import lightning_precision
-from orchestrator.train.tensors import read_weights
+from orchestrator.train import model, preflight
+from orchestrator.train.saving import checkpoint
+from orchestrator.train.strategies.precision import lightning_precision
+from orchestrator.train.strategies.tensors import read_weights
 
 Which = Literal["best", "last"]
 

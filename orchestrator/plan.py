@@ -8,11 +8,12 @@ from orchestrator.data.feeds import training_feed
 from orchestrator.data.index import Index
 from orchestrator.data.source import Placement
 from orchestrator.run import read_events, run_uri
-from orchestrator.train import choose, preflight
-from orchestrator.train.capacity import held_by_reading
-from orchestrator.train.memory import in_words
-from orchestrator.train.notice import NOTICE_MARGIN, NOTICE_S
-from orchestrator.train.size import Measured, Unmeasured, measure
+from orchestrator.train import preflight
+from orchestrator.train.recovery.notice import NOTICE_MARGIN, NOTICE_S
+from orchestrator.train.strategies import choose
+from orchestrator.train.strategies.capacity import held_by_reading
+from orchestrator.train.strategies.memory import in_words
+from orchestrator.train.strategies.size import Measured, Unmeasured, measure
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 

@@ -16,7 +16,6 @@ from s3 import environment, free_ports
 from orchestrator import configfile, run
 from orchestrator.cli import COMMANDS, main
 from orchestrator.data.index import read_index, read_shards, write_index
-from orchestrator.train import launch  # noqa: F401  (its imports must not see a stub `lightning`)
 
 CONFIG = """
 name: first

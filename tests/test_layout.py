@@ -31,6 +31,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("jobs",),
 )
 LAYER_OF = {unit: layer for layer, units in enumerate(LAYERS) for unit in units}
+# The packages of orchestrator/train, in the same way.
+TRAIN_LAYERS = (
+    ("timing",),
+    ("strategies",),
+    ("saving",),
+    ("logs", "recovery", "validation"),
+    ("loop",),
+)
+TRAIN_LAYER_OF = {name: layer for layer, names in enumerate(TRAIN_LAYERS) for name in names}
 
 # These decide, compute or describe: they must be readable and testable without a cluster.
 WITHOUT_RAY_AND_TORCH = (
@@ -58,6 +67,12 @@ WITHOUT_RAY_AND_TORCH = (
     "tune/rungs.py",
     "tune/space.py",
     "templates.py",
+    "train/recovery/failures.py",
+    "train/timing/measured.py",
+    "train/timing/timeline.py",
+    "train/timing/verdict.py",
+    "train/validation/stopping.py",
+    "train/validation/timetable.py",
 )
 MAX_LINES = 300
 VAGUE_WORDS = {"util", "utils", "manager", "helpers", "misc"}
@@ -125,6 +140,22 @@ def test_an_import_that_points_up_is_found(tmp_path: Path, monkeypatch: pytest.M
     assert "x.py:5 imports orchestrator.train.launch" in found[2]
     assert "x.py:6 imports orchestrator.cli" in found[0]
     assert "place 'nowhere'" in found[1]
+
+
+def test_the_packages_of_training_point_one_way() -> None:
+    train = PACKAGE / "train"
+    packages = {path.parent.name for path in train.glob("*/__init__.py")}
+    assert packages == TRAIN_LAYER_OF.keys(), "place the new package in TRAIN_LAYERS"
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for package in packages
+        for path in (train / package).glob("*.py")
+        for line, name in imported_modules(path)
+        for target in packages & set(name.split(".")[2:3])
+        if name.startswith("orchestrator.train.") and target != package
+        if TRAIN_LAYER_OF[target] >= TRAIN_LAYER_OF[package]
+    ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("name", WITHOUT_RAY_AND_TORCH)

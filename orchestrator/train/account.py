@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config import Config
-from orchestrator.train.checkpoint import Manifest
-from orchestrator.train.measured import Measured
-from orchestrator.train.timeline import (
+from orchestrator.train.saving.checkpoint import Manifest
+from orchestrator.train.timing.measured import Measured
+from orchestrator.train.timing.timeline import (
     PRODUCTIVE,
     Events,
     allocated_s,
@@ -14,7 +14,7 @@ from orchestrator.train.timeline import (
     sessions,
     step_seconds,
 )
-from orchestrator.train.verdict import judge
+from orchestrator.train.timing.verdict import judge
 
 
 def account(events: Events, last: Manifest, config: Config, *, now: float) -> dict[str, Any]:

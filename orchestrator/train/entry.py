@@ -5,7 +5,7 @@ A module of its own, and light: so that it can note when the worker's process wa
 
 from typing import Any
 
-from orchestrator.train.startup import Startup, importing
+from orchestrator.train.timing.startup import Startup, importing
 
 
 def run_worker(payload: dict[str, Any]) -> None:

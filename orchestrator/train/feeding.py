@@ -12,8 +12,8 @@ from orchestrator.data.index import Index
 from orchestrator.data.loader import Loader, Opened, OpenSegment
 from orchestrator.data.source import Placement, blocks_of, plan_segment, split_segment
 from orchestrator.data.sources import read_data
-from orchestrator.train import elastic
 from orchestrator.train.job import Job
+from orchestrator.train.recovery import elastic
 
 
 def place_readers(job: Job) -> Placement:

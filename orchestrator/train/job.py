@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from orchestrator.config import Config
-from orchestrator.train.choice import Choice
-from orchestrator.train.startup import Startup
+from orchestrator.train.strategies.choice import Choice
+from orchestrator.train.timing.startup import Startup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

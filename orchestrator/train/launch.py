@@ -24,19 +24,22 @@ from orchestrator.run import (
     open_run,
     run_uri,
 )
-from orchestrator.train import beside, choose, lease, preflight
-from orchestrator.train.again import fit_again
-from orchestrator.train.capacity import Memory, check_memory
-from orchestrator.train.choice import Choice
-from orchestrator.train.elastic import NotePreemptions, RunTrainer
+from orchestrator.train import preflight
 from orchestrator.train.entry import run_worker
-from orchestrator.train.errors import Diverged
 from orchestrator.train.job import Job
-from orchestrator.train.lease import Lease
-from orchestrator.train.mistakes import FailurePolicy, GaveUp
 from orchestrator.train.outcome import close_diverged, close_run, result_of
-from orchestrator.train.shrink import RememberMemory
-from orchestrator.train.startup import Startup
+from orchestrator.train.recovery.again import fit_again
+from orchestrator.train.recovery.elastic import NotePreemptions, RunTrainer
+from orchestrator.train.recovery.errors import Diverged
+from orchestrator.train.recovery.mistakes import FailurePolicy, GaveUp
+from orchestrator.train.recovery.shrink import RememberMemory
+from orchestrator.train.saving import lease
+from orchestrator.train.saving.lease import Lease
+from orchestrator.train.strategies import choose
+from orchestrator.train.strategies.capacity import Memory, check_memory
+from orchestrator.train.strategies.choice import Choice
+from orchestrator.train.timing.startup import Startup
+from orchestrator.train.validation import beside
 
 ERROR_FILE = "error.txt"
 # Environment variable; see `Job.resize_every_s`.

@@ -6,9 +6,10 @@ from typing import Any
 
 from orchestrator.config import Config
 from orchestrator.run import append_event, read_events, read_result, write_result
-from orchestrator.train import checkpoint, shrink
 from orchestrator.train.account import account
-from orchestrator.train.errors import Diverged
+from orchestrator.train.recovery import shrink
+from orchestrator.train.recovery.errors import Diverged
+from orchestrator.train.saving import checkpoint
 
 # What reading the images asked of buckets, of the counts that a manifest carries.
 _STORAGE = ("requests", "retries", "bytes", "waited_s")

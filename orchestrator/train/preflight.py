@@ -13,8 +13,12 @@ from orchestrator.data import balance
 from orchestrator.data.augmentation import augment
 from orchestrator.data.index import Index
 from orchestrator.data.sources import read_data, verify_data
-from orchestrator.train import beside, checkpoint, elastic, loggers, model
+from orchestrator.train import model
+from orchestrator.train.logs import loggers
 from orchestrator.train.module import CLASSIFIER_METRICS, ImageClassifier, check_label_kind
+from orchestrator.train.recovery import elastic
+from orchestrator.train.saving import checkpoint
+from orchestrator.train.validation import beside
 
 
 def check_config(config: Config) -> None:

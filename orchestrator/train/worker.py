@@ -18,10 +18,12 @@ from orchestrator.config import UserError
 from orchestrator.data import feeds
 from orchestrator.data.sources import read_data
 from orchestrator.run import CONFIG_FILE, append_event, read_events
-from orchestrator.train import checkpoint, elastic, failures, feeding, shrink
+from orchestrator.train import feeding
 from orchestrator.train.job import Job
-from orchestrator.train.staging import Staging
-from orchestrator.train.startup import Startup, importing
+from orchestrator.train.recovery import elastic, failures, shrink
+from orchestrator.train.saving import checkpoint
+from orchestrator.train.saving.staging import Staging
+from orchestrator.train.timing.startup import Startup, importing
 
 
 def train_worker(pickled: bytes, startup: Startup) -> None:
@@ -55,7 +57,7 @@ def _train(job: Job) -> None:
         job.startup.mark("reading")
         with importing():
             # Lightning takes seconds: they pass beside the reading.
-            from orchestrator.train.training import Work, train
+            from orchestrator.train.loop.training import Work, train
         job.startup.mark("worker imports")
         train(Work(job, index, feed, resumed, folder, staging, placement, loader))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from chaos import victims
 from chaos.arena import Arena, await_end, await_step
 from chaos.nodes import Nodes
-from orchestrator.train.checkpoint import MANIFEST_FILE
+from orchestrator.train.saving.checkpoint import MANIFEST_FILE
 
 _STEP_TIMEOUT_S = 120.0
 # How long a save is waited for: the module is slow, so one comes every second or so.

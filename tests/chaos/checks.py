@@ -11,8 +11,8 @@ from chaos import victims
 from chaos.arena import EPOCHS, Arena
 from orchestrator.data.sources import read_data
 from orchestrator.run import read_events
-from orchestrator.train import checkpoint
-from orchestrator.train.strategy import WEIGHTS_FILE, read_tensors
+from orchestrator.train.saving import checkpoint
+from orchestrator.train.strategies.strategy import WEIGHTS_FILE, read_tensors
 
 
 def committed(arena: Arena) -> Counter[tuple[int, str]]:

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from orchestrator import storage
 from orchestrator.data.index import read_index, read_shards
 from orchestrator.run import read_events, read_result
-from orchestrator.train import checkpoint
+from orchestrator.train.saving import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

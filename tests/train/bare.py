@@ -27,18 +27,18 @@ from orchestrator.data.device import ToDevice
 from orchestrator.data.feeds import Feed
 from orchestrator.data.loader import Loader, Opened
 from orchestrator.data.sources import read_data
-from orchestrator.train import checkpoint, lease
-from orchestrator.train.callback import Recorder
-from orchestrator.train.errors import OutOfMemory
-from orchestrator.train.journal import RunFacts
-from orchestrator.train.loops import Plateaus, Trainer
+from orchestrator.train.loop.loops import Plateaus, Trainer
+from orchestrator.train.loop.pushed import Pushed
+from orchestrator.train.loop.recorder import Recorder
+from orchestrator.train.loop.trainer import Batches
+from orchestrator.train.loop.validator import Validator
 from orchestrator.train.place import Place
-from orchestrator.train.precision import Choice, lightning_precision
-from orchestrator.train.pushed import Pushed
-from orchestrator.train.strategy import build_strategy
-from orchestrator.train.trainer import Batches
-from orchestrator.train.validation import Timetable
-from orchestrator.train.validator import Validator
+from orchestrator.train.recovery.errors import OutOfMemory
+from orchestrator.train.saving import checkpoint, lease
+from orchestrator.train.saving.journal import RunFacts
+from orchestrator.train.strategies.precision import Choice, lightning_precision
+from orchestrator.train.strategies.strategy import build_strategy
+from orchestrator.train.validation.timetable import Timetable
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import saving
+import saves
 import torch
 
 STEPS, EVERY = 4, 2
@@ -64,7 +64,7 @@ def kill_before(operation: int, folder: str) -> None:
 
 
 def train(run: str) -> None:
-    saving.train(run, steps=STEPS, every=EVERY, keep=1)
+    saves.train(run, steps=STEPS, every=EVERY, keep=1)
 
 
 def train_until_killed(run: str, operation: int) -> None:
@@ -74,8 +74,8 @@ def train_until_killed(run: str, operation: int) -> None:
 
 def go_on(run: str, scratch: Path) -> None:
     """Go on with a killed run and check it; its folder is deleted where all is well."""
-    step = saving.resume(run, scratch, steps=STEPS, every=EVERY, keep=1)
-    saving.assert_complete(run, steps=STEPS)
+    step = saves.resume(run, scratch, steps=STEPS, every=EVERY, keep=1)
+    saves.assert_complete(run, steps=STEPS)
     shutil.rmtree(run)
     shutil.rmtree(scratch, ignore_errors=True)
     sys.stdout.write(f"{step}\n")

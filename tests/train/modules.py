@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from orchestrator.train.callback import Recorder
+from orchestrator.train.loop.recorder import Recorder
 
 
 class UserModule(pl.LightningModule):

@@ -25,10 +25,10 @@ from orchestrator.config import (
 from orchestrator.data.index import Index
 from orchestrator.evaluate import evaluate
 from orchestrator.run import read_events
-from orchestrator.train import checkpoint
 from orchestrator.train.launch import RunResult, TrainingFailed, fit
-from orchestrator.train.strategy import WEIGHTS_FILE, read_tensors
-from orchestrator.train.timeline import PARTS
+from orchestrator.train.saving import checkpoint
+from orchestrator.train.strategies.strategy import WEIGHTS_FILE, read_tensors
+from orchestrator.train.timing.timeline import PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 TRAIN, EPOCHS = 75, 3  # 75 is no multiple of the global batch: steps straddle epochs

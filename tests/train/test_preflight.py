@@ -17,9 +17,10 @@ from orchestrator.config import (
     ValidateConfig,
 )
 from orchestrator.data.index import Index
-from orchestrator.train import checkpoint, preflight
-from orchestrator.train.checkpoint import Manifest
+from orchestrator.train import preflight
 from orchestrator.train.preflight import Resources
+from orchestrator.train.saving import checkpoint
+from orchestrator.train.saving.checkpoint import Manifest
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from orchestrator.config import (
     UserError,
 )
 from orchestrator.run import run_uri
-from orchestrator.train import checkpoint, launch
+from orchestrator.train import launch
+from orchestrator.train.saving import checkpoint
 from orchestrator.tune import sweep
 from orchestrator.tune.results import Ledger, Row, SweepResult
 

@@ -1,0 +1,228 @@
+"""Worker side: the Lightning callback that stops a run at a notice, with a checkpoint of that step.
+
+Its workers raise `Paused`; the controller starts as many again as there is room for, without the
+drained nodes. One checkpoint for one notice: workers are not started on drained nodes again.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import ray
+
+from orchestrator.config import ScalingConfig
+from orchestrator.data.loader import Loader
+from orchestrator.run import append_event, read_events
+from orchestrator.train.loop.recorder import Recorder
+from orchestrator.train.recovery import elastic
+from orchestrator.train.recovery.notice import (
+    NOTICE_S,
+    Looks,
+    Notice,
+    Paused,
+    Watch,
+    drained,
+    preempted_event,
+    slow_save,
+)
+from orchestrator.train.saving.checkpoint import CheckpointError
+from orchestrator.train.tally import gather
+
+# How long writing down the event may hold up the next start.
+_TELL_S = 5.0
+# Of one commit at a notice.
+_TRIES = 2
+
+
+class PauseAtNotice(pl.callbacks.Checkpoint):
+    """Commits and stops where a node is drained, or where there is room for more workers.
+
+    Of Lightning's callbacks it runs last: after the recorder has counted the step.
+
+    Args:
+        recorder: counts steps and commits.
+        loader: this worker's training batches.
+        scaling: how many workers there may be.
+        resize_every_s: seconds of training before more workers are started.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        loader: Loader,
+        scaling: ScalingConfig,
+        *,
+        resize_every_s: float,
+    ) -> None:
+        self._recorder = recorder
+        self._loader = loader
+        self._scaling = scaling
+        self._resize_every_s = resize_every_s
+        self._watch: Watch | None = None
+        self._said_slow = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to look, and say where the number of workers has changed."""
+        nodes = gather(trainer, ray.get_runtime_context().get_node_id())
+        self._looks = Looks(step=self._recorder.step)
+        self._save_s = self._recorder.committer.totals["save_s"]
+        if trainer.global_rank != 0:
+            return
+        self._watch = Watch(_Look(nodes, self._scaling, every_s=self._resize_every_s))
+        resized = resized_event(read_events(self._recorder.facts.run))
+        if resized is not None:
+            append_event(self._recorder.facts.run, "resized", **resized)
+            self._recorder.facts.board.say.remote(
+                f"goes on with {resized['to']} workers in place of {resized['from']}: "
+                f"{resized['reason']}"
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Stop at a step's end, if worker 0 has seen a notice.
+
+        Raises:
+            Paused: on all workers, once the step is committed.
+        """
+        recorder, current = self._recorder, self._loader.current
+        assert current is not None
+        if not current.ends_step or recorder.step >= self._loader.batching.num_steps:
+            return
+        # A validation may open readers on worker 0's node, which takes none while it is drained.
+        now = recorder.timetable.is_due(recorder.step)
+        if now and self._watch is not None:
+            self._watch.look()
+        agree = trainer.strategy.broadcast
+        notice = self._looks.hear(recorder.step, self._see, agree, now=now)
+        if notice is None:
+            return
+        if notice.reason == "slow_save":
+            self._save_more_often(notice)
+        else:
+            self._pause(trainer, notice)
+
+    def _see(self) -> Notice | None:
+        """Return what worker 0 has to say; None on all others."""
+        if self._watch is None:
+            return None
+        save_s = self._recorder.committer.totals["save_s"]
+        last_s, self._save_s = save_s - self._save_s, save_s
+        if not self._said_slow and not self._watch.notice:
+            slow = slow_save(last_s)
+            self._said_slow = slow is not None
+            return slow
+        return self._watch.notice
+
+    def _save_more_often(self, notice: Notice) -> None:
+        recorder = self._recorder
+        recorder.schedule.shorten(notice.every_s, step=recorder.step)
+        if self._watch is None:
+            return
+        steps = max(1, round(notice.every_s * self._looks.steps_per_s))
+        line = (
+            f"a checkpoint takes {notice.save_s:.0f} s to be saved, so that one made at a notice "
+            f"will not fit in {NOTICE_S:.0f} s; periodic interval lowered to {steps} steps"
+        )
+        fields = {"save_s": round(notice.save_s, 1), "every_steps": steps}
+        recorder.committer.tell("slow_save", **fields)
+        recorder.facts.board.say.remote(line)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Look no more."""
+        if self._watch is not None:
+            self._watch.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Look no more."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _pause(self, trainer: pl.Trainer, notice: Notice) -> None:
+        recorder = self._recorder
+        committed = self._commit(trainer, notice)
+        if notice.reason == "room" and not committed:
+            return  # more workers are not worth the steps since the last commit
+        if trainer.global_rank == 0:
+            self._tell(notice, committed=committed)
+        trainer.strategy.barrier()  # the first to raise ends all others
+        raise Paused(f"{notice.reason} at step {recorder.step}")
+
+    def _commit(self, trainer: pl.Trainer, notice: Notice) -> bool:
+        """Commit this step, if it is not yet, and wait for it; return whether that was done."""
+        recorder = self._recorder
+        try:
+            for _ in range(_TRIES):
+                if recorder.committer.finish() == recorder.step:
+                    return True
+                recorder.commit(trainer, metrics={}, done="", must=True)
+            return recorder.committer.finish() == recorder.step
+        except CheckpointError:
+            if notice.reason == "room":
+                raise  # nothing could be saved for too long
+            return False  # the node goes all the same
+
+    def _tell(self, notice: Notice, *, committed: bool) -> None:
+        recorder = self._recorder
+        board, step = recorder.facts.board, recorder.step
+        if notice.reason == "room":
+            board.say.remote(f"room for {notice.workers} workers: starting them from step {step}")
+            return
+        event = preempted_event(notice.ranks, notice.deadline_s, step=step if committed else None)
+        recorder.committer.tell(**event)
+        recorder.committer.close(_TELL_S)
+        left = f", {notice.deadline_s - time.time():.0f} s ahead" if notice.deadline_s else ""
+        done = f"step {step} is committed{left}" if committed else "no checkpoint could be saved"
+        board.say.remote(f"preempted: the nodes of workers {list(notice.ranks)} go; {done}")
+
+
+class _Look:
+    """What worker 0's watch calls: drained nodes first, then room for more workers."""
+
+    def __init__(self, nodes: Sequence[str], scaling: ScalingConfig, *, every_s: float) -> None:
+        self._nodes = nodes
+        self._scaling = scaling
+        self._every_s = every_s
+        self._began = time.monotonic()
+
+    def __call__(self) -> Notice | None:
+        notice = drained(self._nodes, elastic.draining_nodes())
+        if notice is not None or not self._is_time:
+            return notice
+        # By what is free this moment, not by what will be: a pause for nothing costs a restart.
+        more = elastic.room(elastic.free_nodes(), [], self._scaling)
+        if not more:
+            return None
+        workers = min(self._scaling.max_workers, len(self._nodes) + more)
+        return Notice(reason="room", workers=workers)
+
+    @property
+    def _is_time(self) -> bool:
+        grows = self._scaling.is_elastic and len(self._nodes) < self._scaling.max_workers
+        return grows and time.monotonic() - self._began >= self._every_s
+
+
+def resized_event(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what to say where the last two starts had different numbers of workers, else None."""
+    starts = [i for i, event in enumerate(events) if event["event"] == "training"]
+    if len(starts) < 2:
+        return None
+    before, now = events[starts[-2]], events[starts[-1]]
+    if before["workers"] == now["workers"]:
+        return None
+    between = {event["event"] for event in events[starts[-2] : starts[-1]]}
+    reason = "workers were lost"
+    if now["workers"] > before["workers"]:
+        reason = "more nodes are there"
+    if "preempted" in between and now["workers"] < before["workers"]:
+        reason = "nodes were preempted"
+    if "submitted" in between:
+        reason = "submitted again"
+    return {
+        "from": before["workers"],
+        "to": now["workers"],
+        "reason": reason,
+        "step": now["step"],
+    }

@@ -1,0 +1,135 @@
+"""Worker side: the Lightning trainer of a run: strategy, precision, callbacks, loggers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import ray.train
+import ray.train.torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from ray.train.lightning import RayLightningEnvironment, prepare_trainer
+
+from orchestrator import storage
+from orchestrator.data.loader import Loader, Pass
+from orchestrator.run import append_event
+from orchestrator.train.job import Job
+from orchestrator.train.logs.loggers import build_loggers
+from orchestrator.train.logs.patient import Patient
+from orchestrator.train.loop.beside_validator import BesideValidator
+from orchestrator.train.loop.elastic_pause import PauseAtNotice
+from orchestrator.train.loop.first_step import FirstStep
+from orchestrator.train.loop.loops import Plateaus, Trainer
+from orchestrator.train.loop.pushed import Pushed
+from orchestrator.train.loop.recorder import Recorder
+from orchestrator.train.loop.reporting import Reporter
+from orchestrator.train.loop.standstill import Standstill
+from orchestrator.train.loop.validator import Validator
+from orchestrator.train.strategies.precision import Choice, lightning_precision
+from orchestrator.train.strategies.strategy import build_strategy
+from orchestrator.train.validation.beside import Questions
+
+
+class Batches(pl.LightningDataModule):
+    """Hands Lightning one epoch at a time: what is left of the current one."""
+
+    def __init__(self, recorder: Recorder, loader: Loader, validation: Loader | None) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._loader = loader
+        self._validation = validation
+
+    def train_dataloader(self) -> Pass:
+        """Return the batches from the next step to the end of its epoch."""
+        return self._loader.take(self._recorder.steps_left_in_epoch)
+
+    def val_dataloader(self) -> Pass | list[Any]:
+        """Return one pass over the validation split."""
+        return [] if self._validation is None else self._validation.take(1)
+
+
+def build_trainer(
+    job: Job,
+    recorder: Recorder,
+    loader: Loader,
+    pushed: Pushed,
+    precision: Choice,
+    *,
+    scratch: Path,
+) -> pl.Trainer:
+    """Return the Lightning trainer of a run, prepared for Ray Train.
+
+    What cannot be written to the run's folder at once lies in `scratch` meanwhile.
+    """
+    config = job.config
+    callbacks: list[pl.Callback] = [recorder.guard, pushed, Plateaus(recorder), recorder]
+    # After the recorder, which counts the step that it is asked about.
+    beside = job.validation
+    callbacks.append(
+        BesideValidator(recorder, Questions(beside, limit_s=config.train.hang_timeout_s))
+        if beside
+        else Validator(recorder)
+    )
+    # The first: what the others do in a hook is no longer forward and backward.
+    callbacks.insert(0, recorder.clocks)
+    callbacks.append(FirstStep(job.startup, recorder, loader))
+    extra = _extra_loggers(job, recorder, scratch)
+    callbacks.append(Reporter(recorder, loader, extra))
+    limit_s = config.train.hang_timeout_s
+    callbacks.append(Standstill(job.run, job.board, limit_s, lambda: recorder.step))
+    # After the recorder, which counts the step that it commits.
+    callbacks.append(
+        PauseAtNotice(recorder, loader, config.scaling, resize_every_s=job.resize_every_s)
+    )
+
+    def loss_weight() -> float:
+        assert loader.current is not None
+        return loader.current.weight
+
+    # Not "auto": a worker that reserved no GPU may still see those of its machine.
+    device = ray.train.torch.get_device()
+    strategy = build_strategy(
+        job.strategy, loss_weight, device, offload=config.train.offload_optimizer
+    )
+    strategy.timeline = recorder.clocks.timeline
+    trainer = Trainer(
+        recorder.place,
+        accelerator=device.type,
+        devices="auto",
+        strategy=strategy,
+        plugins=[RayLightningEnvironment()],
+        precision=lightning_precision(precision.value),
+        max_epochs=config.train.max_epochs,
+        accumulate_grad_batches=loader.batching.accumulation,
+        gradient_clip_val=config.train.gradient_clip_norm,
+        callbacks=callbacks,
+        logger=[TensorBoardLogger(_log_folder(job.run, scratch), name="", version=""), *extra],
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=5,
+    )
+    prepared: pl.Trainer = prepare_trainer(trainer)
+    return prepared
+
+
+def _extra_loggers(job: Job, recorder: Recorder, scratch: Path) -> list[Patient]:
+    """Build those of `train.loggers` where something is logged: on rank 0."""
+    if ray.train.get_context().get_world_rank() != 0 or not job.config.train.loggers:
+        return []
+    remote = storage.is_remote(job.run)
+    folder = scratch if remote else Path(storage.join(job.run, "loggers"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def tell(kind: str, /, **fields: Any) -> None:
+        if hasattr(recorder, "committer"):
+            recorder.committer.tell(kind, **fields)
+        else:  # a logger failed before training began
+            append_event(job.run, kind, **fields)
+
+    return build_loggers(job.config, job.run, folder, tell)
+
+
+def _log_folder(run: str, scratch: Path) -> str:
+    return str(scratch) if storage.is_remote(run) else storage.join(run, "tensorboard")

@@ -1,0 +1,142 @@
+"""Worker side: from what a worker has begun to read to the end of training, by Lightning."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import pytorch_lightning as pl
+import ray.train
+import ray.train.torch
+from ray.train.collective import broadcast_from_rank_zero
+
+from orchestrator.config import Config, UserError
+from orchestrator.data.feeds import Feed
+from orchestrator.data.index import Index
+from orchestrator.data.loader import Loader
+from orchestrator.data.source import Placement
+from orchestrator.run import append_event
+from orchestrator.train import feeding, model
+from orchestrator.train.job import Job
+from orchestrator.train.loop.pushed import Pushed
+from orchestrator.train.loop.recorder import Recorder
+from orchestrator.train.loop.trainer import Batches, build_trainer
+from orchestrator.train.place import Place
+from orchestrator.train.saving import checkpoint
+from orchestrator.train.saving.journal import RunFacts
+from orchestrator.train.saving.staging import Staging
+from orchestrator.train.strategies.choice import Choice
+from orchestrator.train.strategies.precision import choose_precision
+from orchestrator.train.validation.timetable import Timetable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """What a worker knows and has begun when Lightning takes over."""
+
+    job: Job
+    index: Index
+    feed: Feed
+    resumed: checkpoint.Manifest | None
+    """The checkpoint that this start goes on from."""
+    folder: Path
+    """Where its files lie."""
+    staging: Staging
+    placement: Placement
+    loader: Loader
+    """It reads already."""
+
+
+def train(work: Work) -> None:
+    """Train to the end of the run."""
+    with contextlib.ExitStack() as opened:
+        _train(work, opened)
+
+
+def _train(work: Work, opened: contextlib.ExitStack) -> None:
+    job, index, feed, resumed = work.job, work.index, work.feed, work.resumed
+    config, rank = job.config, ray.train.get_context().get_world_rank()
+    step = resumed.step if resumed else 0
+    pl.seed_everything(config.seed, verbose=False)
+    module = model.build(config.model, num_classes=len(index.classes))
+    _check_module(module, config, feed.batching.accumulation)
+    job.startup.mark("model")
+    precision = _agree_on_precision(config, module, resumed, rank)
+    job.startup.mark("precision")
+    facts = RunFacts(
+        run=job.run,
+        config=config,
+        index_digest=index.digest,
+        strategy=job.strategy.value,
+        precision=precision.value,
+        samples_per_epoch=feed.samples_per_epoch,
+        board=job.board,
+        lease=job.lease,
+    )
+    timetable = Timetable(
+        Place(feed.batching, feed.samples_per_epoch), config.train.validate.every_samples
+    )
+    passes = timetable.count_left(step, validated=resumed is not None and bool(resumed.metrics))
+    validation = (
+        feeding.validation_loader(job, work.placement.beside(), rank, passes=passes)
+        if "val" in index.splits and job.validation is None
+        else None
+    )
+    start = (resumed, work.folder) if resumed else None
+    recorder = Recorder(facts, work.loader, validation, start)
+    if rank == 0:
+        append_event(
+            job.run,
+            "decided",
+            precision=str(precision),
+            strategy=str(job.strategy),
+            decode_slots=f"{work.placement.slots}: {work.placement.reason}",
+            slots=work.placement.slots,
+            accumulation=feed.batching.accumulation,
+        )
+    if hasattr(module, "total_steps"):
+        module.total_steps = feed.batching.num_steps  # type: ignore[assignment]
+    pushed = Pushed(work.loader, validation, step=lambda: recorder.step)
+    trainer = build_trainer(
+        job, recorder, work.loader, pushed, precision, scratch=work.staging.folder()
+    )
+    if validation is not None:
+        opened.callback(validation.close)
+    with pushed.told():
+        trainer.fit(module, datamodule=Batches(recorder, work.loader, validation))
+
+
+def _check_module(module: pl.LightningModule, config: Config, accumulation: int) -> None:
+    if module.automatic_optimization or (
+        accumulation == 1 and config.train.gradient_clip_norm is None
+    ):
+        return
+    raise UserError(
+        f"model.class_path={config.model.class_path!r} has automatic_optimization False, so "
+        f"Lightning neither accumulates its {accumulation} micro-batches a step nor clips its "
+        "gradient; raise data.max_micro_batch or scaling.num_workers, and set "
+        "train.gradient_clip_norm to null."
+    )
+
+
+def _agree_on_precision(
+    config: Config, module: pl.LightningModule, resumed: checkpoint.Manifest | None, rank: int
+) -> Choice:
+    """Let worker 0 choose for all; a resumed run keeps the arithmetic it was started with."""
+    if resumed is not None and config.train.precision == "auto":
+        return Choice(resumed.precision, f"as before the resume at step {resumed.step}")
+    choice: tuple[str, str] | None = None
+    if rank == 0:
+        data = config.data
+        num_workers = ray.train.get_context().get_world_size()
+        batch = min(data.max_micro_batch, -(-data.global_batch // num_workers))
+        # Plain words: the actor that passes them on would import Lightning for a Choice.
+        choice = dataclasses.astuple(
+            choose_precision(
+                config.train.precision,
+                module,
+                device=ray.train.torch.get_device(),
+                batch=batch,
+                image_size=data.image_size,
+            )
+        )
+    return Choice(*broadcast_from_rank_zero(choice))

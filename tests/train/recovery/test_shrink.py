@@ -1,0 +1,69 @@
+"""Out of memory: which errors say so, and what a run remembers of them."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.config import Config, DataConfig
+from orchestrator.overrides import config_digest
+from orchestrator.train.recovery import shrink
+from orchestrator.train.recovery.errors import OutOfMemory, is_out_of_memory
+
+
+def raised_by(allocate: object) -> BaseException:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()  # type: ignore[operator]
+    return caught.value
+
+
+def test_what_allocators_raise_is_known() -> None:
+    assert is_out_of_memory(raised_by(lambda: torch.empty(1 << 50)))
+    assert is_out_of_memory(raised_by(lambda: np.empty(1 << 50)))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+    assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+    assert is_out_of_memory(OutOfMemory("data.max_micro_batch", 8, 3, "said"))
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert not is_out_of_memory(raised_by(lambda: torch.empty(-1)))
+    assert not is_out_of_memory(ValueError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("DataLoader worker is out of memory of its past"))
+
+
+def test_the_error_travels_whole() -> None:
+    error = pickle.loads(pickle.dumps(OutOfMemory("data.eval_batch", 13, 7, "no room")))
+    assert (error.setting, error.size, error.step, error.smaller) == ("data.eval_batch", 13, 7, 6)
+    assert (
+        str(error) == "out of memory at step 7 with 13 samples at once (data.eval_batch): no room"
+    )
+
+
+EVENTS = [
+    {"event": "training", "step": 0},
+    {"event": "out_of_memory", "setting": "data.max_micro_batch", "from": 7, "to": 3},
+    {"event": "out_of_memory", "setting": "data.max_micro_batch", "from": 3, "to": 1},
+    {"event": "out_of_memory", "setting": "data.eval_batch", "from": 40, "to": 20},
+]
+
+
+def test_a_run_keeps_the_smallest_and_stays_the_same_run() -> None:
+    config = Config(data=DataConfig(global_batch=13, max_micro_batch=8, eval_batch=64))
+    limits = shrink.limits_of(EVENTS)
+    lowered = shrink.limited(config, limits)
+    assert (lowered.data.max_micro_batch, lowered.data.eval_batch) == (1, 20)
+    assert lowered.data.global_batch == 13
+    assert config_digest(lowered) == config_digest(config)
+    assert shrink.limited(config, {}) == config
+    # What the user has since lowered further stays lower.
+    small = Config(data=DataConfig(max_micro_batch=2, eval_batch=8))
+    assert shrink.limited(small, limits).data.eval_batch == 8
+
+
+def test_a_result_says_what_was_asked_for_and_what_was_used() -> None:
+    config = Config(data=DataConfig(global_batch=13, max_micro_batch=8, eval_batch=64))
+    said = shrink.report(config, EVENTS[:2], num_workers=2)
+    assert said == {"asked": 7, "used": 3, "eval_asked": 64, "eval_used": 64}
+    # 13 samples of two workers never make micro-batches of 8: that is nothing to report.
+    assert shrink.report(config, [], num_workers=2)["used"] == 7

@@ -1,0 +1,133 @@
+"""Which strategy is chosen, by which arithmetic, and what is refused before anything starts."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from orchestrator.config import Config, ModelConfig, ScalingConfig, TrainConfig, UserError
+from orchestrator.train.strategies import choose
+from orchestrator.train.strategies.choose import DeviceMemory, check_hardware, choose_strategy
+from orchestrator.train.strategies.size import Unmeasured, _is_elementwise, _states, measure
+
+OURS = "orchestrator.train.module.ImageClassifier"
+
+
+class Plain(pl.LightningModule):
+    """250,000 weights and an optimizer by name."""
+
+    def __init__(self, optimizer: str = "AdamW", **options: Any) -> None:
+        super().__init__()
+        self.net = nn.Linear(500, 500, bias=False)
+        self.optimizer, self.options = optimizer, options
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return getattr(torch.optim, self.optimizer)(self.parameters(), lr=0.1, **self.options)
+
+
+class Two(Plain):
+    """Two optimizers, as of a GAN."""
+
+    def configure_optimizers(self) -> Any:
+        return [super().configure_optimizers(), super().configure_optimizers()]
+
+
+class Reader(Plain):
+    """Reads a value of a tensor while it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = float(torch.ones(1).sum())
+
+
+def config(name: str = "", *, strategy: str = "auto", workers: int = 2, **args: Any) -> Config:
+    path = f"{__name__}.{name}" if name else OURS
+    return Config(
+        model=ModelConfig(class_path=path, init_args=args),
+        train=TrainConfig(strategy=strategy),  # type: ignore[arg-type]
+        scaling=ScalingConfig(num_workers=workers),
+    )
+
+
+def test_a_model_is_measured_without_its_memory() -> None:
+    found = measure(ModelConfig(init_args={"arch": "tiny_resnet"}), num_classes=3)
+    module_class = measure(ModelConfig(class_path=f"{__name__}.Plain"), num_classes=3)
+    assert found.size.parameters == found.size.trainable > 300_000
+    assert (module_class.size.parameters, module_class.size.states) == (250_000, 2.0)
+    with pytest.raises(Unmeasured, match="cannot be built without memory"):
+        measure(ModelConfig(class_path=f"{__name__}.Reader"), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "states", "elementwise"),
+    [
+        ("SGD", {}, 0, True),
+        ("SGD", {"momentum": 0.9, "nesterov": True}, 1, True),
+        ("Adam", {"amsgrad": True}, 3, True),
+        ("RMSprop", {"momentum": 0.9, "centered": True}, 3, True),
+        ("Muon", {}, 1, False),
+        ("Adafactor", {}, 5 / 6, False),
+        ("LBFGS", {}, 2, False),
+    ],
+)
+def test_what_an_optimizer_keeps_is_found_by_trying(
+    name: str, options: dict[str, Any], states: float, elementwise: bool
+) -> None:
+    optimizer = Plain(name, **options).configure_optimizers()
+    assert _states(optimizer) == pytest.approx(states)
+    assert _is_elementwise(optimizer) is elementwise
+
+
+def test_auto_takes_the_first_that_fits_and_shows_its_arithmetic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # ddp: 250,000 * (4 + 4 + 8 + 4) = 5.0 MB; zero2 on 100 workers: 1.0 + 0.04 + 2.0 of buffers.
+    for limit, taken in ((5.1e6, "ddp"), (3.9e6, "zero2"), (1e3, "zero3")):
+        there = DeviceMemory(int(limit / choose._SHARE_FOR_STATES), "a device")
+        monkeypatch.setattr(choose, "device_memory", lambda scaling, there=there: there)
+        choice = choose_strategy(config("Plain", workers=100), num_classes=3)
+        assert choice.value == taken
+        assert "ddp takes 5.0 MB a worker" in choice.reason
+    assert "none fits" in choice.reason
+    assert choose_strategy(config("Plain", workers=1), num_classes=3).value == "ddp"
+    resumed = choose_strategy(config("Plain"), num_classes=3, resumed="zero2")
+    assert str(resumed) == "zero2: as before the resume"
+
+
+def test_auto_stays_with_ddp_where_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Reader cannot be built" in choose_strategy(config("Reader"), num_classes=3).reason
+    there = DeviceMemory(1, "a device")
+    monkeypatch.setattr(choose, "device_memory", lambda scaling: there)
+    choice = choose_strategy(config("Plain", optimizer="Adafactor"), num_classes=3)
+    assert str(choice) == "ddp: ZeRO cannot share the states of Adafactor"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("Two", {}, "one optimizer but .* configures 2; set train.strategy to ddp"),
+        ("Plain", {"optimizer": "Muon"}, "Muon of .* would compute something else"),
+    ],
+)
+def test_what_zero_cannot_train_is_refused(name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_strategy(config(name, strategy="zero1", **args), num_classes=3)
+    assert choose_strategy(config(name, strategy="ddp", **args), num_classes=3).value == "ddp"
+    assert choose_strategy(config("Plain", strategy="zero1"), num_classes=3).value == "zero1"
+
+
+def test_offloading_is_refused_where_there_is_nothing_to_move() -> None:
+    asked = config(strategy="zero2")
+    asked = dataclasses.replace(
+        asked, train=dataclasses.replace(asked.train, offload_optimizer=True)
+    )
+    with pytest.raises(UserError, match="where they are already"):
+        check_hardware(asked)
+    on_gpus = dataclasses.replace(asked, scaling=ScalingConfig(gpus_per_worker=1))
+    check_hardware(on_gpus)
+    ddp = dataclasses.replace(on_gpus.train, strategy="ddp")
+    with pytest.raises(UserError, match="needs ZeRO"):
+        check_hardware(dataclasses.replace(on_gpus, train=ddp))
