@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,18 +84,7 @@ def append_event(run: str, kind: str, **fields: Any) -> None:
     """Add one line to `events.jsonl`. One process writes at a time: the driver or worker 0."""
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     line = json.dumps({"time": moment, "event": kind, **fields}) + "\n"
-    location = storage.join(run, EVENTS_FILE)
-    if storage.is_remote(run):
-        # Buckets have no append; the file stays small (a decision or a failure a line).
-        old = storage.read_bytes(location) if storage.exists(location) else b""
-        storage.write_atomic(location, old + line.encode())
-        return
-    with storage.local_path(location).open("ab+", buffering=0) as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            # A line that a kill cut off must not swallow this one.
-            line = line if file.read(1) == b"\n" else f"\n{line}"
-        file.write(line.encode())
+    storage.append(storage.join(run, EVENTS_FILE), line.encode())
 
 
 def read_events(run: str) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Local folders: atomic writes, listings by name, ranges without a copy in Python."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -14,6 +15,13 @@ from orchestrator.stores.faults import ChangedError, DeniedError, MissingError, 
 _PATH_FAULTS = {
     errno.ELOOP: "its symbolic links lead in a circle; remove them.",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one.",
+}
+_FAULTS = {
+    errno.EIO: "the disk reports an error; check it, or restore the file.",
+    errno.ENOSPC: "the disk is full; free some space, or choose another path.",
+    errno.EDQUOT: "the quota is used up; free some space, or choose another path.",
+    errno.EROFS: "the file system is read-only; mount it for writing, or choose another path.",
+    errno.ESTALE: "the network file system no longer knows it; check the server and mount again.",
 }
 
 
@@ -90,6 +98,26 @@ def open_input(uri: str) -> IO[bytes]:
 def write_atomic(uri: str, content: bytes) -> None:
     """Write `content` so that a reader sees either the old file or all of the new one."""
     path = local_path(uri)
+    with _beside(path, content) as written:
+        os.replace(written, path)
+    _fsync_folder(path.parent)
+
+
+def create(uri: str, content: bytes) -> bool:
+    """Write a new file; return whether there was none before: of several writers one wins."""
+    path = local_path(uri)
+    with _beside(path, content) as written:
+        try:
+            os.link(written, path)  # unlike a rename, it never replaces
+        except FileExistsError:
+            return False
+    _fsync_folder(path.parent)
+    return True
+
+
+@contextlib.contextmanager
+def _beside(path: Path, content: bytes) -> Iterator[str]:
+    """Write a file in the folder of `path` and yield its name; it is gone at the block's end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
@@ -99,30 +127,18 @@ def write_atomic(uri: str, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    _fsync_folder(path.parent)
+            yield file.name
+        finally:  # not left to `delete`: it forgets a file that cannot be flushed
+            Path(file.name).unlink(missing_ok=True)
 
 
-def create(uri: str, content: bytes) -> bool:
-    """Write a new file; return whether there was none before: of several writers one wins."""
-    path = local_path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-    ) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        try:
-            os.link(file.name, path)  # unlike a rename, it never replaces
-        except FileExistsError:
-            return False
-    _fsync_folder(path.parent)
-    return True
+def append(uri: str, lines: bytes) -> None:
+    """Add lines to a file; one that a kill cut off does not swallow them."""
+    with local_path(uri).open("ab+", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read(1) == b"\n" else b"\n" + lines
+        file.write(lines)
 
 
 def upload(source: Path, uri: str) -> None:
@@ -239,6 +255,7 @@ def explain(error: BaseException, *, uri: str, verb: str) -> StorageError | None
     if isinstance(error, OSError) and error.errno in _PATH_FAULTS:
         kind = MissingError if verb == "read" else StorageError
         return kind(f"{start}{_PATH_FAULTS[error.errno]}")
-    if isinstance(error, OSError) and error.errno == errno.EIO:
-        return StorageError(f"{start}the disk reports an error; check it, or restore the file.")
-    return None
+    if isinstance(error, OSError) and error.errno is not None:
+        said = f"{error.strerror}; check the file system, or choose another path."
+        return StorageError(f"{start}{_FAULTS.get(error.errno, said)}")
+    return None  # such as a damaged archive, which is read through here
