@@ -35,6 +35,7 @@ from orchestrator.run import append_event
 from orchestrator.storage import StorageError
 from orchestrator.train.recovery.group import GroupConfig, without_datasets
 from orchestrator.train.recovery.notice import Paused, charge_of, drained, preempted_event
+from orchestrator.train.recovery.starting import StartFailed, StartInTime
 
 # Ray's controller asks again at once where it is told to wait.
 _WAIT_S = 0.5
@@ -219,14 +220,17 @@ class NotePreemptions(ControllerCallback, WorkerGroupCallback):  # type: ignore[
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Look at why workers are about to start again."""
         error = getattr(current_state, "training_failed_error", None)
-        failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+        failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
         failed = getattr(error, "controller_failure", None)
         if isinstance(failed, WorkerGroupStartupTimeoutError) and not self._said:
             self._said = True
             self._board.say.remote("waiting for nodes: the workers found no place so far")
-        if error is None or not isinstance(current_state, RestartingState):
+        nodes = self._nodes
+        if isinstance(failed, StartFailed):
+            failures, nodes = failed.errors, set(failed.nodes)
+        elif error is None or not isinstance(current_state, RestartingState):
             return
-        draining = not self._nodes.isdisjoint(draining_nodes())
+        draining = not nodes.isdisjoint(draining_nodes())
         charge = charge_of(failures.values(), draining=draining)
         known = isinstance(error, PreemptionError) or isinstance(previous_state, PreemptingState)
         if charge == "pause" or not (known or charge == "preemption"):
@@ -275,7 +279,8 @@ class RunTrainer(DataParallelTrainer):  # type: ignore[misc]
         # A detached actor for each start, which stays for ever where its controller is killed in
         # a cluster without a dashboard. The driver frees the workers itself, see again.py.
         made = without_datasets(super()._create_default_callbacks())
-        return [c for c in made if not isinstance(c, PlacementGroupCleanerCallback)]
+        kept = [c for c in made if not isinstance(c, PlacementGroupCleanerCallback)]
+        return [StartInTime(), *kept]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
         if self._ours.is_elastic:

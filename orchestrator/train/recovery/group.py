@@ -20,6 +20,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.util import TrainingFramework
 
+from orchestrator.train.recovery.starting import all_of
 from orchestrator.train.timing.startup import importing
 
 
@@ -60,8 +61,15 @@ class GroupBackend(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: GroupConfig) -> None:
-        """Let all workers join."""
-        address, port = worker_group.execute_single(0, get_address_and_port)
+        """Let all workers join.
+
+        In two rounds: one that dies or stands still in the first, which takes the time, is known.
+
+        Raises:
+            StartFailed: one did not.
+        """
+        places = all_of(worker_group.execute_async(_prepare))
+        address, port = places[0]
         size = len(worker_group)
         joining = [
             worker_group.execute_single_async(
@@ -76,7 +84,7 @@ class GroupBackend(Backend):  # type: ignore[misc]
             )
             for rank in range(size)
         ]
-        ray.get(joining)
+        all_of(joining)
 
     def on_shutdown(self, worker_group: Any, backend_config: GroupConfig) -> None:
         """Let all workers leave, as far as they still answer."""
@@ -106,11 +114,18 @@ def without_datasets(callbacks: list[Any]) -> list[Any]:
     return [NoDatasets() if isinstance(c, DatasetsCallback) else c for c in callbacks]
 
 
+def _prepare() -> tuple[str, int]:
+    with importing():
+        from ray.train.torch import config  # noqa: F401
+    address, port = get_address_and_port()
+    return address, port
+
+
 def _join(
     *, backend: str, world_rank: int, size: int, address: str, port: int, timeout_s: int
 ) -> None:
-    with importing():
-        from ray.train.torch import config
+    from ray.train.torch import config
+
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     config._set_torch_distributed_env_vars()
     config._setup_torch_process_group(

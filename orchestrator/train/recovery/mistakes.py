@@ -15,11 +15,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupFailedError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
 
 from orchestrator import cluster
 from orchestrator.config import TrainConfig, UserError
@@ -37,6 +37,7 @@ from orchestrator.train.recovery.failures import (
     step_of,
 )
 from orchestrator.train.recovery.notice import charge_of
+from orchestrator.train.recovery.starting import StartFailed
 
 _BOARD_TIMEOUT_S = 5.0
 # A worker that does not answer does not leave its process group either; Ray waits 30 s for that.
@@ -104,6 +105,22 @@ def diagnose(errors: Mapping[int, BaseException], *, hang_timeout_s: float) -> F
         return Found(cluster.sentence(root), "storage", step_of(error), rank)
     said = root.said if isinstance(root, CodeError) else _in_words(root)
     return Found(said, "code", step_of(error), rank)
+
+
+def diagnose_start(failed: StartFailed, *, hang_timeout_s: float) -> Found:
+    """Return which worker did not start, and why.
+
+    Raises:
+        UserError: as `diagnose` does.
+    """
+    if failed.late_s:
+        ranks = ", ".join(map(str, sorted(failed.errors))) or "(it is not known which)"
+        said = f"workers {ranks} did not start within {failed.late_s:g} s"
+        return Found(said, "hang", None, 0)
+    if failed.errors:
+        return diagnose(failed.errors, hang_timeout_s=hang_timeout_s)
+    said = f"a worker's process ended while it started{_on_node(str(failed.__cause__))}"
+    return Found(said, "process", None, 0)
 
 
 def _guilt(error: BaseException, root: BaseException) -> int:
@@ -200,12 +217,15 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
         self._add(found.error, found.cause, step, trace)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Count workers that die while they start: Ray Train would try for ever."""
-        if type(current_state).__name__ != "ReschedulingState":
+        """Count workers that end while they start: Ray Train would try for ever."""
+        error = getattr(current_state, "training_failed_error", None)
+        failed = getattr(error, "controller_failure", None)
+        if not isinstance(current_state, ReschedulingState) or not isinstance(failed, StartFailed):
             return
-        failed = getattr(current_state.training_failed_error, "controller_failure", None)
-        if isinstance(failed, WorkerGroupStartupFailedError):
-            self._add("a worker's process ended while it started", "process", None, str(failed))
+        draining = not failed.nodes.isdisjoint(elastic.draining_nodes())
+        if charge_of(failed.errors.values(), draining=draining) == "failure":
+            found = diagnose_start(failed, hang_timeout_s=self._settings.hang_timeout_s)
+            self._add(found.error, found.cause, None, str(failed.__cause__))
 
     def _add(self, error: str, cause: Cause, step: int | None, trace: str) -> None:
         verdict = self._count.add(error, cause=cause, step=step)

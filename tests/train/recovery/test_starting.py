@@ -1,0 +1,94 @@
+"""Workers that end or stand still while they join: on a real Ray cluster."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packed import write_packed
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+from orchestrator import cluster
+from orchestrator.config import Config, DataConfig, ModelConfig, ScalingConfig, TrainConfig
+from orchestrator.run import read_events
+from orchestrator.train.launch import fit
+from orchestrator.train.recovery import starting
+from orchestrator.train.recovery.failures import CodeError
+from orchestrator.train.recovery.mistakes import diagnose_start
+from orchestrator.train.recovery.starting import StartFailed
+
+# The controller cannot import this file.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+LIMIT_S = 15.0
+DEAD = WorkerHealthCheckFailedError("the worker ended", ActorDiedError())
+
+
+def test_what_ended_a_start_is_told_by_what_is_known() -> None:
+    def found(errors: dict[int, BaseException], late_s: float = 0.0) -> tuple[str, str]:
+        cause = diagnose_start(StartFailed(errors, late_s=late_s), hang_timeout_s=1)
+        return cause.cause, cause.error
+
+    lost = CodeError("DistNetworkError: The client socket has timed out", None)
+    assert found({0: DEAD, 1: lost})[1].startswith("worker 0's process ended unexpectedly")
+    assert found({1: lost})[0] == "process"
+    assert found({1: CodeError("ImportError: no torch", None)}) == ("code", "ImportError: no torch")
+    assert found({1: DEAD}, 60) == ("hang", "workers 1 did not start within 60 s")
+    assert found({}) == ("process", "a worker's process ended while it started")
+
+
+class Strikes(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Sends one worker a signal while it joins: at the first start one, at the second another."""
+
+    strikes = ((0, signal.SIGKILL), (1, signal.SIGSTOP))
+
+    def __init__(self) -> None:
+        self._starts = 0
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        starting._LEAST_S = LIMIT_S
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        if self._starts < len(self.strikes):
+            rank, number = self.strikes[self._starts]
+            args = (workers[rank].metadata.pid, number)
+            threading.Thread(target=_strike, args=args, daemon=True).start()
+        self._starts += 1
+        return {}
+
+
+def _strike(pid: int, number: int) -> None:
+    while b"_prepare" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        time.sleep(0.01)
+    time.sleep(0.3)  # well inside the import of torch
+    os.kill(pid, number)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_are_killed_or_stopped_while_they_join_start_again(tmp_path: Path) -> None:
+    index = write_packed(tmp_path / "data", train=26, val=11)
+    config = Config(
+        name="joins",
+        storage_path=str(tmp_path),
+        data=DataConfig(index=index.uri, global_batch=13, image_size=8),
+        model=ModelConfig(class_path="modules.UserModule"),
+        train=TrainConfig(max_epochs=1, precision="32", hang_timeout_s=LIMIT_S),
+        scaling=ScalingConfig(num_workers=2, cpus_per_worker=0.5),
+    )
+    assert fit(config, show=False, callbacks=[Strikes()]).result["steps"] == 2
+    failures = [e for e in read_events(str(tmp_path / "joins")) if e["event"] == "failure"]
+    assert [(f["cause"], f["step"], f["count"]) for f in failures] == [
+        ("process", None, 1),
+        ("hang", None, 2),
+    ]
+    assert failures[0]["error"].startswith("worker 0's process ended unexpectedly on node")
+    assert failures[1]["error"] == f"workers 1 did not start within {LIMIT_S:g} s"
+    assert cluster.groups_of_job() == set()
