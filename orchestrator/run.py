@@ -1,9 +1,9 @@
 """A run's folder under `storage_path`: its config, events and result, each written atomically."""
 
-import contextlib
 import datetime
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +17,10 @@ RESULT_FILE = "result.json"
 EVALUATION_FILE = "evaluation.json"
 QUARANTINE_FILE = "quarantine.parquet"
 METRICS_FILE = "metrics.parquet"
+# What a failure's event tells the next start.
+_FAILURE = ("error", "cause", "step")
+
+_log = logging.getLogger(__name__)
 
 
 def run_uri(config: Config) -> str:
@@ -88,15 +92,26 @@ def append_event(run: str, kind: str, **fields: Any) -> None:
 
 
 def read_events(run: str) -> list[dict[str, Any]]:
-    """Return all events in order; a line that a kill cut off is left out."""
+    """Return all events in order; a line that a kill cut off or that is damaged is left out."""
     location = storage.join(run, EVENTS_FILE)
     if not storage.exists(location):
         return []
-    events = []
-    for line in storage.read_bytes(location).decode(errors="replace").split("\n")[:-1]:
-        with contextlib.suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-    return events
+    lines = storage.read_bytes(location).decode(errors="replace").split("\n")[:-1]
+    events = [_parse(line) for line in lines if line]
+    damaged = sum(event is None for event in events)
+    if damaged:
+        _log.warning("%s: %d damaged lines are left out", location, damaged)
+    return [event for event in events if event is not None]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        event: dict[str, Any] = json.loads(line)
+        datetime.datetime.fromisoformat(event["time"])
+        fields = {"event", *(_FAILURE if event["event"] == "failure" else ())}
+    except (ValueError, KeyError, TypeError):
+        return None
+    return event if event.keys() >= fields and isinstance(event["event"], str) else None
 
 
 def failures_since_submission(run: str) -> list[dict[str, Any]]:
@@ -105,7 +120,7 @@ def failures_since_submission(run: str) -> list[dict[str, Any]]:
     kinds = [event["event"] for event in events]
     begun = max((i for i, kind in enumerate(kinds) if kind == "submitted"), default=-1)
     return [
-        {key: event[key] for key in ("error", "cause", "step")}
+        {key: event[key] for key in _FAILURE}
         | {"at": datetime.datetime.fromisoformat(event["time"]).timestamp()}
         for event in events[begun + 1 :]
         if event["event"] == "failure"

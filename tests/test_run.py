@@ -82,6 +82,22 @@ def test_events_after_a_torn_line_are_read(config):
     assert [event.get("step") for event in run.read_events(location)] == [None, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"event"', '"evant"'), ('"step"', '"stap"'), ('"time": "2', '"time": "r'), ("{", "[")],
+)
+def test_events_with_a_flipped_byte_are_left_out_and_counted(config, caplog, before, after):
+    location = run.open_run(config)
+    run.append_event(location, "submitted")
+    run.append_event(location, "failure", error="gone", cause="process", step=3)
+    path = Path(location, "events.jsonl")
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{second.replace(before, after, 1)}\n")
+    assert [event["event"] for event in run.read_events(location)] == ["submitted"]
+    assert run.failures_since_submission(location) == []
+    assert "events.jsonl: 1 damaged lines are left out" in caplog.text
+
+
 def test_a_result_says_that_the_run_ended(config):
     location = run.open_run(config)
     assert run.read_result(location) is None
