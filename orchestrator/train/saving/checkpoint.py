@@ -110,7 +110,7 @@ def read_manifest(run: str, step: int) -> Manifest:
         storage.MissingError: there is none.
     """
     location = storage.join(checkpoint_uri(run, step), MANIFEST_FILE)
-    return _parse(location, storage.read_bytes(location))
+    return _parse(location, storage.read_bytes(location), step)
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -138,7 +138,7 @@ def survey(run: str) -> Found:
     for uri in _step_folders(run):
         location = storage.join(uri, MANIFEST_FILE)
         try:
-            manifests.append(_parse(location, storage.read_bytes(location)))
+            manifests.append(_parse(location, storage.read_bytes(location), _step_of(uri)))
         except storage.MissingError:
             continue  # never committed, or pruned a moment ago
         except _DamagedError as error:
@@ -175,7 +175,7 @@ class _DamagedError(CheckpointError):
     """A manifest that is torn or was altered."""
 
 
-def _parse(location: str, content: bytes) -> Manifest:
+def _parse(location: str, content: bytes, step: int | None) -> Manifest:
     try:
         fields = json.loads(content)
         whole = fields.pop("sha256", None) == _digest(fields)
@@ -186,6 +186,8 @@ def _parse(location: str, content: bytes) -> Manifest:
             )
         if not whole:
             raise ValueError("it does not have its own checksum")
+        if fields["step"] != step:
+            raise ValueError(f"it is the manifest of step {fields['step']}")
         del fields["format"]
         fields["pending"] = tuple(fields.get("pending", ()))
         files = tuple(FileRecord(**record) for record in fields.pop("files"))

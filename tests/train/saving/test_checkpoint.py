@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,18 @@ def test_a_manifest_of_another_version_is_refused_not_skipped(tmp_path: Path, ve
     path.write_text(json.dumps({**fields, "sha256": checkpoint._digest(fields)}))
     with pytest.raises(CheckpointError, match=rf"has format {version}, not 2; use the version"):
         checkpoint.list_manifests(run)
+
+
+def test_a_manifest_of_another_step_is_damaged(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    save(run, tmp_path, 4)
+    save(run, tmp_path, 8)
+    shutil.copytree(checkpoint.checkpoint_uri(run, 4), checkpoint.checkpoint_uri(run, 12))
+    found = checkpoint.survey(run)
+    assert [manifest.step for manifest in found.manifests] == [4, 8]
+    assert found.problems[0].endswith("MANIFEST.json is damaged: it is the manifest of step 4")
+    with pytest.raises(CheckpointError, match="it is the manifest of step 4"):
+        checkpoint.read_manifest(run, 12)
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
