@@ -61,6 +61,12 @@ class Holder:
         return f"{self.driver}-{self.start}"
 
 
+_UNKNOWN = Holder(
+    driver="", start=0, host="an unknown machine (its lease is damaged)", machine="", pid=0,
+    born="", since=0.0, beat=0.0,
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class _Entry:
     number: int
@@ -112,7 +118,8 @@ class Lease:
 
     def _check_mine(self) -> None:
         newest = _newest(self._run)
-        if newest is None or newest.holder.driver != self._holder.driver:
+        damaged = _Entry(self._number, _UNKNOWN)  # writing it anew mends it
+        if newest != damaged and (newest is None or newest.holder.driver != self._holder.driver):
             raise _lost(self._run, newest)
 
     def _write(self, holder: Holder) -> None:
@@ -142,6 +149,8 @@ def check(run: str, token: str) -> None:
         StorageError: storage does not tell.
     """
     newest = _newest(run)
+    if newest is not None and newest.holder == _UNKNOWN:
+        raise StorageError(f"{_uri(run, newest.number)} is damaged; its driver will mend it.")
     if newest is None or newest.holder.token != token:
         raise _lost(run, newest)
 
@@ -180,7 +189,7 @@ def _acquire(run: str) -> _Entry:
 
 
 def _await_death(run: str, newest: _Entry) -> None:
-    """Return once the holder's lease has expired.
+    """Return once the holder has shown no sign of life for as long as a lease lasts.
 
     Raises:
         UserError: it lives.
@@ -189,14 +198,11 @@ def _await_death(run: str, newest: _Entry) -> None:
     age_s = time.time() - holder.beat
     if _is_here(holder):
         raise _busy(run, holder, age_s)
-    if age_s > EXPIRES_S:
-        return
     _log.warning(
-        "%s was trained by process %d on %s, last seen %.0f s ago; waiting up to %.0f s to see "
-        "whether it still lives",
-        run, holder.pid, holder.host, age_s, EXPIRES_S,
+        "%s was trained by process %d on %s; waiting up to %.0f s to see whether it still lives",
+        run, holder.pid, holder.host, EXPIRES_S,
     )  # fmt: skip
-    # By this machine's clock alone: the other one's may be wrong.
+    # By this machine's clock alone: the other one's may be wrong by hours.
     deadline = time.monotonic() + EXPIRES_S
     while time.monotonic() < deadline:
         time.sleep(_LOOK_S)
@@ -253,15 +259,16 @@ def _newest(run: str) -> _Entry | None:
         return None
     number = max(numbers)
     try:
-        return _Entry(number, Holder(**json.loads(storage.read_bytes(_uri(run, number)))))
+        return _Entry(number, _decode(storage.read_bytes(_uri(run, number))))
     except MissingError:
         return _newest(run)  # released this moment
 
 
 def _numbers(run: str) -> list[int]:
     names = [e.name for e in storage.list_folder(run) if not e.is_folder]
-    inner = [name.removeprefix(_PREFIX).removesuffix(_SUFFIX) for name in names]
-    return [int(number) for number in inner if number.isdecimal()]
+    inner = [(name, name.removeprefix(_PREFIX).removesuffix(_SUFFIX)) for name in names]
+    numbers = [(name, int(number)) for name, number in inner if number.isdecimal()]
+    return [number for name, number in numbers if name == _name(number)]
 
 
 def _delete_up_to(run: str, number: int) -> None:
@@ -271,7 +278,19 @@ def _delete_up_to(run: str, number: int) -> None:
 
 
 def _uri(run: str, number: int) -> str:
-    return storage.join(run, f"{_PREFIX}{number:06d}{_SUFFIX}")
+    return storage.join(run, _name(number))
+
+
+def _name(number: int) -> str:
+    return f"{_PREFIX}{number:06d}{_SUFFIX}"
+
+
+def _decode(content: bytes) -> Holder:
+    """Return who has the run; a damaged lease is its driver's until that shows no sign of life."""
+    try:
+        return Holder(**json.loads(content))
+    except (ValueError, TypeError):
+        return _UNKNOWN
 
 
 def _encode(holder: Holder) -> bytes:
