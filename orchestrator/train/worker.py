@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import time
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from orchestrator.train.recovery import elastic, failures, shrink
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.saving.staging import Staging
 from orchestrator.train.timing.startup import Startup, importing
+
+# Between tries to see what worker 0 sees: NFS may take a minute to look again.
+_PAUSES_S = (1.0, 4.0, 15.0, 45.0)
 
 
 def train_worker(pickled: bytes, startup: Startup) -> None:
@@ -85,23 +89,40 @@ def _fitting(job: Job) -> Job:
 
 
 def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest | None:
-    """Fetch the newest whole checkpoint; rank 0 decides which, and clears what lies beyond it."""
+    """Fetch a checkpoint: rank 0 decides which and clears what lies beyond, the others follow."""
+    found = _take_newest(job, folder) if rank == 0 else None
+    step: int | None = broadcast_from_rank_zero(found.step if found else None)
+    if rank == 0 or step is None:
+        return found
+    return _take_same(job.run, step, folder, rank)
+
+
+def _take_newest(job: Job, folder: Path) -> checkpoint.Manifest | None:
     there = checkpoint.survey(job.run)
-    found: checkpoint.Manifest | None = None
-    problems = list(there.problems)
+    problems, found = list(there.problems), None
     if there.manifests:
         found, damaged = checkpoint.fetch_newest(job.run, there.manifests, folder)
         problems += damaged
     step = found.step if found else 0
-    agreed = broadcast_from_rank_zero(step)
-    if agreed != step:
-        raise checkpoint.CheckpointError(
-            f"worker {rank} reads the checkpoint of step {step} where worker 0 reads {agreed}; "
-            f"check that {job.run} is the same storage on every node."
-        )
-    if rank == 0:
-        checkpoint.rewind(job.run, step)
-        for problem in problems:
-            append_event(job.run, "checkpoint_refused", problem=problem)
-    broadcast_from_rank_zero(None)  # nobody reads on before rank 0 has cleared
+    checkpoint.rewind(job.run, step)
+    for problem in problems:
+        append_event(job.run, "checkpoint_refused", problem=problem)
+        going_on = f"going on from the checkpoint of step {step}"
+        job.board.say.remote(f"{problem.rstrip('.')}; {going_on}")
     return found
+
+
+def _take_same(run: str, step: int, folder: Path, rank: int) -> checkpoint.Manifest:
+    pauses = iter(_PAUSES_S)
+    while True:
+        try:
+            manifest = checkpoint.read_manifest(run, step)
+            checkpoint.fetch(run, manifest, folder)
+            return manifest
+        except (checkpoint.CheckpointError, storage.MissingError) as error:
+            if (pause_s := next(pauses, None)) is None:
+                raise storage.StorageError(
+                    f"worker {rank} cannot read the checkpoint of step {step} that worker 0 reads "
+                    f"({error}); check that {run} is the same storage on every node."
+                ) from error
+            time.sleep(pause_s)

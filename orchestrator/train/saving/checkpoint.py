@@ -282,7 +282,7 @@ def fetch_newest(
         try:
             fetch(run, manifest, target)
             return manifest, problems
-        except CheckpointError as error:
+        except (CheckpointError, storage.MissingError) as error:
             problems.append(str(error))
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
