@@ -231,7 +231,7 @@ def _run_trainer(job: Job, *, callbacks: Sequence[ray.train.UserCallback]) -> No
             # Our own policy counts, and ends the run.
             failure_config=ray.train.FailureConfig(max_failures=-1),
             callbacks=[
-                FailurePolicy(job.run, job.board, job.config.train),
+                FailurePolicy(job.run, job.lease, job.board, job.config.train),
                 NotePreemptions(job.run, job.board),
                 RememberMemory(job.run, job.board),
                 *callbacks,

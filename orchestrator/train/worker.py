@@ -22,7 +22,8 @@ from orchestrator.run import CONFIG_FILE, append_event, read_events
 from orchestrator.train import feeding
 from orchestrator.train.job import Job
 from orchestrator.train.recovery import elastic, failures, shrink
-from orchestrator.train.saving import checkpoint
+from orchestrator.train.saving import checkpoint, groups
+from orchestrator.train.saving.rewinding import rewind
 from orchestrator.train.saving.staging import Staging
 from orchestrator.train.timing.startup import Startup, importing
 
@@ -40,6 +41,8 @@ def train_worker(pickled: bytes, startup: Startup) -> None:
 def _train(job: Job) -> None:
     _prepare_process(job)
     job = _fitting(job)
+    # After a first exchange, which workers of an earlier group no longer get through.
+    job = dataclasses.replace(job, lease=groups.token_of(job.run, job.lease))
     config, rank = job.config, ray.train.get_context().get_world_rank()
     num_workers = ray.train.get_context().get_world_size()
     index = read_data(config.data)
@@ -104,7 +107,7 @@ def _take_newest(job: Job, folder: Path) -> checkpoint.Manifest | None:
         found, damaged = checkpoint.fetch_newest(job.run, there.manifests, folder)
         problems += damaged
     step = found.step if found else 0
-    checkpoint.rewind(job.run, step)
+    rewind(job.run, step)
     for problem in problems:
         append_event(job.run, "checkpoint_refused", problem=problem)
         going_on = f"going on from the checkpoint of step {step}"

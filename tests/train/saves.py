@@ -18,6 +18,7 @@ from orchestrator.train.saving import checkpoint, state
 from orchestrator.train.saving.checkpoint import Manifest
 from orchestrator.train.saving.commit import Committer
 from orchestrator.train.saving.journal import Consumed, Metrics, Quarantine
+from orchestrator.train.saving.rewinding import rewind
 from orchestrator.train.saving.saver import Books
 from orchestrator.train.strategies.tensors import (
     EXTRA_WEIGHTS,
@@ -168,7 +169,7 @@ def resume(run: str, folder: Path, *, steps: int, every: int, keep: int = 2) -> 
         step = manifest.step
         weights = read_weights(folder)
         assert torch.equal(weights["net.weight"], state_at(step)[WEIGHTS_FILE]["net.weight"])
-    checkpoint.rewind(run, step)
+    rewind(run, step)
     if step < steps:
         resumed = folder if step else None
         train(run, steps=steps, every=every, start=step, resumed=resumed, keep=keep)

@@ -38,6 +38,7 @@ from orchestrator.train.recovery.failures import (
 )
 from orchestrator.train.recovery.notice import charge_of
 from orchestrator.train.recovery.starting import StartFailed
+from orchestrator.train.saving import groups
 
 _BOARD_TIMEOUT_S = 5.0
 # A worker that does not answer does not leave its process group either; Ray waits 30 s for that.
@@ -164,12 +165,14 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
 
     Args:
         run: URI of the run's folder.
+        token: what the start's workers commit with, see groups.py.
         board: handle of the progress board actor.
         settings: how many failures to survive, and when a worker counts as hanging.
     """
 
-    def __init__(self, run: str, board: Any, settings: TrainConfig) -> None:
+    def __init__(self, run: str, token: str, board: Any, settings: TrainConfig) -> None:
         self._run = run
+        self._token = token
         self._board = board
         self._settings = settings
 
@@ -187,6 +190,8 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
         """Tell the board that no step of this start is made yet, and what is not this start's."""
         self._board.start.remote()
         self._board.keep.remote("groups_of_others", cluster.groups_of_job())
+        with contextlib.suppress(StorageError):  # earlier workers are ended by other means, too
+            groups.announce(self._run, self._token, worker_group_context.run_attempt_id)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Leave with the board what would stay behind if this process were killed."""

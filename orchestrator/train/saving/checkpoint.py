@@ -16,11 +16,9 @@ from typing import Any
 
 from orchestrator import storage
 from orchestrator.config import EarlyStoppingConfig, UserError
-from orchestrator.run import METRICS_FILE, QUARANTINE_FILE
 
 MANIFEST_FILE = "MANIFEST.json"
 FORMAT = 2
-_PARTIAL = (f".{METRICS_FILE}.", f".{QUARANTINE_FILE}.")
 
 
 class CheckpointError(UserError):
@@ -85,11 +83,23 @@ def _sha256(path: Path) -> str:
 
 
 def commit(run: str, manifest: Manifest) -> None:
-    """Make a checkpoint count: all its files are stored by now."""
+    """Make a checkpoint count: all its files are stored by now.
+
+    Raises:
+        CheckpointError: its step has one already, which its files may no longer match.
+    """
+    location = _manifest_uri(run, manifest.step)
+    if not storage.create(location, _encode(manifest)):
+        raise CheckpointError(f"{location} is there already; another start has committed it.")
+
+
+def _encode(manifest: Manifest) -> bytes:
     fields = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    content = json.dumps({**fields, "sha256": _digest(fields)}, indent=1)
-    location = storage.join(checkpoint_uri(run, manifest.step), MANIFEST_FILE)
-    storage.write_atomic(location, content.encode())
+    return json.dumps({**fields, "sha256": _digest(fields)}, indent=1).encode()
+
+
+def _manifest_uri(run: str, step: int) -> str:
+    return storage.join(checkpoint_uri(run, step), MANIFEST_FILE)
 
 
 def amend(run: str, step: int, **changes: Any) -> None:
@@ -99,7 +109,8 @@ def amend(run: str, step: int, **changes: Any) -> None:
         CheckpointError: it is damaged.
         storage.MissingError: it was deleted meanwhile.
     """
-    commit(run, dataclasses.replace(read_manifest(run, step), **changes))
+    changed = dataclasses.replace(read_manifest(run, step), **changes)
+    storage.write_atomic(_manifest_uri(run, step), _encode(changed))
 
 
 def read_manifest(run: str, step: int) -> Manifest:
@@ -109,7 +120,7 @@ def read_manifest(run: str, step: int) -> Manifest:
         CheckpointError: it is damaged.
         storage.MissingError: there is none.
     """
-    location = storage.join(checkpoint_uri(run, step), MANIFEST_FILE)
+    location = _manifest_uri(run, step)
     return _parse(location, storage.read_bytes(location), step)
 
 
@@ -135,10 +146,9 @@ def survey(run: str) -> Found:
             nothing ever starts from scratch where there was a checkpoint.
     """
     manifests, problems = [], []
-    for uri in _step_folders(run):
-        location = storage.join(uri, MANIFEST_FILE)
+    for step in steps_of(run):
         try:
-            manifests.append(_parse(location, storage.read_bytes(location), _step_of(uri)))
+            manifests.append(read_manifest(run, step))
         except storage.MissingError:
             continue  # never committed, or pruned a moment ago
         except _DamagedError as error:
@@ -159,15 +169,16 @@ def list_manifests(run: str) -> list[Manifest]:
     return list(survey(run).manifests)
 
 
-def _step_folders(run: str) -> list[str]:
-    """Return the URIs of all checkpoints' folders by step, committed or not."""
+def steps_of(run: str) -> list[int]:
+    """Return the steps of all checkpoints, committed or not, in order."""
     folder = storage.join(run, "checkpoints")
-    steps = [_step_of(entry.name) for entry in storage.list_folder(folder) if entry.is_folder]
-    return [checkpoint_uri(run, step) for step in sorted(s for s in steps if s is not None)]
+    steps = [step_of(entry.name) for entry in storage.list_folder(folder) if entry.is_folder]
+    return sorted(step for step in steps if step is not None)
 
 
-def _step_of(name: str) -> int | None:
-    number = name.rsplit("/", 1)[-1].removeprefix("step-")
+def step_of(name: str) -> int | None:
+    """Return the step that a folder is named after, or None."""
+    number = name.removeprefix("step-")
     return int(number) if number.isdecimal() else None
 
 
@@ -175,7 +186,7 @@ class _DamagedError(CheckpointError):
     """A manifest that is torn or was altered."""
 
 
-def _parse(location: str, content: bytes, step: int | None) -> Manifest:
+def _parse(location: str, content: bytes, step: int) -> Manifest:
     try:
         fields = json.loads(content)
         whole = fields.pop("sha256", None) == _digest(fields)
@@ -223,33 +234,15 @@ def prune(run: str, *, keep: int, best: Manifest | None) -> None:
     kept = {manifest.step for manifest in manifests[-keep:]} | ({best.step} if best else set())
     # A resume from one of these asks for the validations that it still waited for.
     kept |= {step for manifest in manifests if manifest.step in kept for step in manifest.pending}
-    for uri in _step_folders(run):
-        step = _step_of(uri)
-        if step is not None and step < manifests[-1].step and step not in kept:
+    for step in steps_of(run):
+        if step < manifests[-1].step and step not in kept:
             delete(run, step)
 
 
 def delete(run: str, step: int) -> None:
     """Delete a checkpoint, its manifest first: what is left half deleted does not count."""
-    uri = checkpoint_uri(run, step)
-    storage.delete_file(storage.join(uri, MANIFEST_FILE))
-    storage.delete_folder(uri)
-
-
-def rewind(run: str, step: int) -> None:
-    """Delete what lies beyond `step` (a kill or damage left it) and what was never committed."""
-    for uri in _step_folders(run):
-        beyond = (_step_of(uri) or 0) > step
-        if beyond or not storage.exists(storage.join(uri, MANIFEST_FILE)):
-            storage.delete_folder(uri)
-    samples = storage.join(run, "samples")
-    for entry in list(storage.list_folder(samples)):
-        if (_step_of(entry.name) or 0) > step:
-            storage.delete_folder(storage.join(samples, entry.name))
-    for entry in list(storage.list_folder(run)):
-        # What was being written here when its process was killed; buckets show no such thing.
-        if entry.name.startswith(_PARTIAL) and entry.name.endswith(".tmp"):
-            storage.delete_file(storage.join(run, entry.name))
+    storage.delete_file(_manifest_uri(run, step))
+    storage.delete_folder(checkpoint_uri(run, step))
 
 
 def fetch(run: str, manifest: Manifest, target: Path) -> None:

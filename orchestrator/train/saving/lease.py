@@ -16,11 +16,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 from orchestrator import storage
 from orchestrator.config import UserError
 from orchestrator.storage import MissingError, StorageError
+from orchestrator.train.saving import groups
+from orchestrator.train.saving.processes import born, machine
 
 BEAT_S = 10.0
 EXPIRES_S = 60.0
@@ -120,7 +121,7 @@ class Lease:
         newest = _newest(self._run)
         damaged = _Entry(self._number, _UNKNOWN)  # writing it anew mends it
         if newest != damaged and (newest is None or newest.holder.driver != self._holder.driver):
-            raise _lost(self._run, newest)
+            raise _lost(self._run, newest, driver=self._holder.driver)
 
     def _write(self, holder: Holder) -> None:
         storage.write_atomic(self._uri, _encode(holder))
@@ -148,17 +149,22 @@ def check(run: str, token: str) -> None:
         LeaseLostError: they may not.
         StorageError: storage does not tell.
     """
+    start, _, group = token.partition("/")
     newest = _newest(run)
     if newest is not None and newest.holder == _UNKNOWN:
         raise StorageError(f"{_uri(run, newest.number)} is damaged; its driver will mend it.")
-    if newest is None or newest.holder.token != token:
-        raise _lost(run, newest)
+    if newest is None or newest.holder.token != start:
+        raise _lost(run, newest, driver=start.rpartition("-")[0])
+    if group and groups.token_of(run, start) != token:
+        raise _lost(run, newest, driver=newest.holder.driver)
 
 
-def _lost(run: str, newest: "_Entry | None") -> LeaseLostError:
+def _lost(run: str, newest: "_Entry | None", *, driver: str) -> LeaseLostError:
     if newest is None:
         return LeaseLostError(f"{run} was ended by its driver while these workers still ran.")
     holder = newest.holder
+    if holder.driver == driver:
+        return LeaseLostError(f"later workers of the same driver train {run}; leave it to those.")
     return LeaseLostError(
         f"{run} was taken over by process {holder.pid} on {holder.host}; leave it to that one."
     )
@@ -174,9 +180,9 @@ def _acquire(run: str) -> _Entry:
             driver=uuid.uuid4().hex,
             start=0,
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine(),
             pid=os.getpid(),
-            born=_born(os.getpid()),
+            born=born(os.getpid()),
             since=now,
             beat=now,
         )
@@ -222,7 +228,7 @@ def _busy(run: str, holder: Holder, age_s: float) -> UserError:
 
 def _is_here(holder: Holder) -> bool:
     """Return whether the holder's process ids are this machine's."""
-    return holder.machine != "" and holder.machine == _machine()
+    return holder.machine != "" and holder.machine == machine()
 
 
 def _is_dead(holder: Holder) -> bool:
@@ -231,26 +237,7 @@ def _is_dead(holder: Holder) -> bool:
         return False
     if holder.pid == os.getpid():
         return holder.driver not in _held
-    return _born(holder.pid) != holder.born
-
-
-def _machine() -> str:
-    """Return the boot and the process-id space of this process, or nothing but on Linux."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _born(pid: int) -> str:
-    """Return when a process began, in clock ticks since the boot; empty where it has ended."""
-    try:
-        # The name, which may hold anything, is in brackets.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    return born(holder.pid) != holder.born
 
 
 def _newest(run: str) -> _Entry | None:
@@ -275,6 +262,7 @@ def _delete_up_to(run: str, number: int) -> None:
     for found in _numbers(run):
         if found <= number:
             storage.delete_file(_uri(run, found))
+    groups.clear(run)
 
 
 def _uri(run: str, number: int) -> str:

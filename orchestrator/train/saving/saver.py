@@ -246,8 +246,10 @@ class Saver:
         uri = checkpoint.checkpoint_uri(self._run, attempt.step)
         try:
             if self._rank == 0:
-                # Half a checkpoint on a full disk would keep the next one from being written.
-                storage.delete_folder(uri)
+                # Half a checkpoint on a full disk would keep the next one from being written. Only
+                # where it is ours: what lies there may be a later start's.
+                self._check_lease()
+                checkpoint.delete(self._run, attempt.step)
             else:
                 write_share(uri, Share(failed=reason), rank=self._rank, save=attempt.save)
         except Exception as error:  # storage is failing: nothing more can be done there

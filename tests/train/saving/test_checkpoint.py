@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from saves import make_manifest
 
+from orchestrator.storage import MissingError
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.saving.checkpoint import CheckpointError
+from orchestrator.train.saving.rewinding import rewind
 
 
 def save(run: str, tmp_path: Path, step: int, *, content: bytes = b"x", **changes: object) -> None:
@@ -32,6 +34,20 @@ def test_a_checkpoint_counts_once_its_manifest_is_written(tmp_path: Path) -> Non
     checkpoint.store_files(tmp_path / "source-4", checkpoint.checkpoint_uri(run, 8))
     assert steps(run) == [4]
     assert checkpoint.list_manifests(run)[0].position == 40
+
+
+def test_a_step_is_committed_once_and_amended_where_it_is(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    save(run, tmp_path, 4)
+    with pytest.raises(CheckpointError, match="is there already; another start has committed it"):
+        checkpoint.commit(run, make_manifest(4, position=7))
+    assert checkpoint.read_manifest(run, 4).position == 40
+    checkpoint.amend(run, 4, done="converged")
+    assert checkpoint.read_manifest(run, 4).done == "converged"
+    checkpoint.delete(run, 4)
+    with pytest.raises(MissingError):
+        checkpoint.amend(run, 4, done="max_epochs")
+    assert steps(run) == []
 
 
 def test_files_come_back_whole(tmp_path: Path) -> None:
@@ -91,7 +107,7 @@ def test_a_torn_manifest_is_named_and_the_checkpoint_before_is_taken(
     assert [manifest.step for manifest in found.manifests] == [4]
     assert len(found.problems) == 1
     assert found.problems[0].startswith(f"{path} is damaged: ")
-    checkpoint.rewind(run, 4)
+    rewind(run, 4)
     assert not path.parent.exists()
 
 
@@ -176,9 +192,10 @@ def test_rewinding_clears_what_a_kill_left(tmp_path: Path) -> None:
     (Path(run) / "checkpoints" / "lost+found").mkdir()
     (Path(run) / ".metrics.parquet.x1.tmp").touch()
     (Path(run) / ".mine.tmp").touch()
-    checkpoint.rewind(run, 4)
+    (Path(run) / "checkpoints" / "step-00000004" / ".MANIFEST.json.x1.tmp").touch()
+    rewind(run, 4)
     (Path(run) / "checkpoints" / "lost+found").rmdir()  # not ours, so left alone
     assert steps(run) == [4]
-    assert [p.name for p in Path(run).glob(".*")] == [".mine.tmp"]
+    assert [p.name for p in Path(run).rglob(".*")] == [".mine.tmp"]
     assert [p.name for p in (Path(run) / "samples").iterdir()] == ["step-00000004"]
     assert [p.name for p in (Path(run) / "checkpoints").iterdir()] == ["step-00000004"]

@@ -22,7 +22,7 @@ from orchestrator import storage
 from orchestrator.cli import main
 from orchestrator.config import UserError
 from orchestrator.storage import StorageError
-from orchestrator.train.saving import checkpoint, lease
+from orchestrator.train.saving import checkpoint, groups, lease
 
 HOLD = """
 import sys, time
@@ -107,11 +107,45 @@ def test_what_is_left_of_a_dead_drivers_workers_changes_nothing(tmp_path: Path) 
         theirs.parent.mkdir()
         theirs.write_text("theirs")
         worker.consume(2)
-        with pytest.raises(lease.LeaseLostError, match="taken over by process"):
+        with pytest.raises(lease.LeaseLostError, match="later workers of the same driver train"):
             worker.save(2, last=True)
         worker.committer.close(10)
     assert [path.read_text() for path in theirs.parent.iterdir()] == ["theirs"]
     assert [manifest.step for manifest in checkpoint.list_manifests(run)] == [1]
+
+
+def test_workers_of_an_earlier_group_no_longer_commit(run: str) -> None:
+    with lease.held(run) as mine:
+        start = mine.renew()
+        assert groups.token_of(run, start) == start  # none was announced
+        groups.announce(run, start, "first")
+        first = groups.token_of(run, start)
+        lease.check(run, first)
+        groups.announce(run, start, "second")
+        lease.check(run, groups.token_of(run, start))
+        with pytest.raises(lease.LeaseLostError, match="later workers of the same driver train"):
+            lease.check(run, first)
+    assert list(storage.list_folder(run)) == []
+
+
+def test_a_save_that_failed_deletes_nothing_of_a_later_start(tmp_path: Path) -> None:
+    run, checks = str(tmp_path / "run"), iter([True, False])
+
+    def check() -> None:
+        if not next(checks, False):
+            raise lease.LeaseLostError("later workers train it")
+
+    theirs = Path(checkpoint.checkpoint_uri(run, 2)) / "theirs"
+    in_the_way = Path(run, "samples", "step-00000002", "rank-00000.parquet")
+    for folder in (theirs.parent, in_the_way):
+        folder.mkdir(parents=True)
+    theirs.touch()
+    worker = saves.Worker(run, check_lease=check)
+    worker.consume(2)
+    with pytest.raises((lease.LeaseLostError, checkpoint.CheckpointError)):
+        worker.save(2, last=True)
+    worker.committer.close(10)
+    assert theirs.exists()
 
 
 def test_of_many_drivers_one_wins(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
