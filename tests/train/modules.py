@@ -51,6 +51,13 @@ class UserModule(pl.LightningModule):
         }
 
 
+class Noisy(UserModule):
+    """Augments by random numbers before its training step, as modules with Kornia do."""
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        return {**batch, "image": batch["image"] + torch.randn_like(batch["image"])}
+
+
 class _Once(UserModule):
     """Does something at one step, the first time it gets there."""
 

@@ -147,14 +147,12 @@ class Recorder(pl.callbacks.Checkpoint):
         """Steps from the next one to the last that starts in its epoch."""
         return self.place.steps_left_in_epoch(self.step)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Key the step's random numbers."""
+    def key_random_numbers(self) -> None:
+        """Key the step's random numbers, as its first micro-batch is handed out."""
         current = self._loader.current
         assert current is not None
         if current.starts_step:
-            state.seed_step(self._config.seed, self.step, trainer.global_rank)
+            state.seed_step(self._config.seed, self.step, self._consumed.rank)
 
     def on_train_batch_end(
         self,

@@ -1,5 +1,6 @@
 """Worker side: the Lightning trainer of a run: strategy, precision, callbacks, loggers."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,29 @@ class Batches(pl.LightningDataModule):
         self._loader = loader
         self._validation = validation
 
-    def train_dataloader(self) -> Pass:
+    def train_dataloader(self) -> "_Keyed":
         """Return the batches from the next step to the end of its epoch."""
-        return self._loader.take(self._recorder.steps_left_in_epoch)
+        recorder = self._recorder
+        return _Keyed(self._loader.take(recorder.steps_left_in_epoch), recorder.key_random_numbers)
 
     def val_dataloader(self) -> Pass | list[Any]:
         """Return one pass over the validation split."""
         return [] if self._validation is None else self._validation.take(1)
+
+
+class _Keyed:
+    """Keys random numbers before any of a module's hooks: on_after_batch_transfer may augment."""
+
+    def __init__(self, batches: Pass, key: Callable[[], None]) -> None:
+        self._batches, self._key = batches, key
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._batches:
+            self._key()
+            yield batch
 
 
 def build_trainer(
