@@ -17,6 +17,9 @@ WINDOW_S = 24 * 3600.0
 """Failures that lie further back are forgotten."""
 SAME_FAILURES = 3
 """Times that one failure at one step ends the run: another start would only meet it again."""
+STUCK_FAILURES = 5
+"""Times that it does without getting further: which step a process dies in is only known to the
+half second, in which a small model makes a hundred."""
 
 # Modules whose exceptions are told apart by their class.
 _READABLE = ("orchestrator.", "ray.")
@@ -99,20 +102,27 @@ class Failure:
         return self.cause != "loader" or self.step is None
 
     @property
+    def reached(self) -> int:
+        """Steps done; -1: none of this start's."""
+        return -1 if self.step is None else self.step
+
+    @property
     def where(self) -> str:
         """Return the step, for a person."""
         return "before the first step of its start" if self.step is None else f"at step {self.step}"
 
     @property
-    def signature(self) -> tuple[str, str, int | None] | None:
+    def signature(self) -> tuple[str, str] | None:
         """What two failures share that are the same; None: it is like no other.
 
         Storage fails and processes end for reasons outside of the run, too: the one says nothing
-        about a step, the other nothing while the run starts up.
+        about a step, the other nothing while the run starts up, and little where it is another
+        worker's or another node's.
         """
         if self.cause == "storage" or (self.step is None and self.cause != "code"):
             return None
-        return self.cause, re.sub(r"0x[0-9a-f]+|\d+", "#", self.error), self.step
+        numbers = r"0x[0-9a-f]+" if self.cause == "process" else r"0x[0-9a-f]+|\d+"
+        return self.cause, re.sub(numbers, "#", self.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,23 +157,33 @@ class FailureCount:
         new = Failure(error=error, cause=cause, step=step, at=now)
         self._failures = [f for f in self._failures if now - f.at < WINDOW_S] + [new]
         count = sum(failure.counts for failure in self._failures)
-        same = [f for f in self._failures if new.signature and f.signature == new.signature]
-        if len(same) >= SAME_FAILURES and self._max_failures > 0:
-            return Verdict(count, _same(new))
+        same = self._same_as(new) if self._max_failures > 0 else []
+        if sum(failure.step == new.step for failure in same) >= SAME_FAILURES:
+            return Verdict(count, _same(new, f"three times {new.where}"))
+        if len(same) >= STUCK_FAILURES:
+            often = f"{len(same)} times without getting beyond step {same[0].step}"
+            return Verdict(count, _same(new, often))
         if new.counts and count > self._max_failures:
             return Verdict(count, _too_many(new, count, self._max_failures))
         return Verdict(count, "")
 
+    def _same_as(self, new: Failure) -> list[Failure]:
+        """Return the new failure and those like it, from one on that none has got beyond."""
+        if new.signature is None:
+            return []
+        first, reached = 0, -1
+        for i, failure in reversed(list(enumerate(self._failures))):
+            reached = max(reached, failure.reached)
+            if failure.signature == new.signature and failure.reached == reached:
+                first = i
+        return [f for f in self._failures[first:] if f.signature == new.signature]
 
-def _same(failure: Failure) -> str:
-    at = "before the first step" if failure.step is None else f"at step {failure.step}"
-    return f"same failure three times {at}: {failure.error}; {_REMEDY[failure.cause]}"
+
+def _same(failure: Failure, how_often: str) -> str:
+    return f"same failure {how_often}: {failure.error}; {_REMEDY[failure.cause]}"
 
 
 def _too_many(failure: Failure, count: int, most: int) -> str:
-    if most == 0:
-        return f"{failure.error} ({failure.where}, and train.max_failures=0)"
-    return (
-        f"{failure.error} ({failure.where}; the {count}. failure within 24 hours, more than "
-        f"train.max_failures={most})"
-    )
+    many = f"; the {count}. failure within 24 hours, more than" if most else ", and"
+    said = f"{failure.error} ({failure.where}{many} train.max_failures={most})"
+    return f"{said}; {_REMEDY[failure.cause]}, or raise that"
