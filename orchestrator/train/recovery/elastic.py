@@ -5,7 +5,6 @@ and then waits 60 s for workers that find no place; it also ends running workers
 all steps since the last commit. So we count, and workers end themselves after a commit.
 """
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -17,9 +16,6 @@ import ray.train
 from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
 )
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import (
@@ -27,15 +23,13 @@ from ray.train.v2._internal.execution.worker_group import (
     WorkerGroupState,
 )
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import PreemptionError
 from ray.util import placement_group_table
 
 from orchestrator.config import ScalingConfig
 from orchestrator.run import append_event
-from orchestrator.storage import StorageError
 from orchestrator.train.recovery.group import GroupConfig, without_datasets
-from orchestrator.train.recovery.notice import Paused, charge_of, drained, preempted_event
-from orchestrator.train.recovery.starting import StartFailed, StartInTime
+from orchestrator.train.recovery.notice import Paused, drained, preempted_event
+from orchestrator.train.recovery.starting import StartInTime
 
 # Ray's controller asks again at once where it is told to wait.
 _WAIT_S = 0.5
@@ -197,53 +191,6 @@ class FollowCluster(ElasticScalingPolicy):  # type: ignore[misc]
 def nodes_of(worker_group: Any) -> set[str]:
     """Return the nodes of a worker group that has started."""
     return {worker.metadata.node_id for worker in worker_group.get_workers()}
-
-
-class NotePreemptions(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Writes down preemptions that came too fast for the workers to do so, and says who waits.
-
-    Args:
-        run: URI of the run's folder.
-        board: the progress board.
-    """
-
-    def __init__(self, run: str, board: Any) -> None:
-        self._run = run
-        self._board = board
-        self._nodes: set[str] = set()
-        self._said = False
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Note whose draining matters."""
-        self._nodes, self._said = nodes_of(worker_group), False
-
-    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Look at why workers are about to start again."""
-        error = getattr(current_state, "training_failed_error", None)
-        failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-        failed = getattr(error, "controller_failure", None)
-        if isinstance(failed, WorkerGroupStartupTimeoutError) and not self._said:
-            self._said = True
-            self._board.say.remote("waiting for nodes: the workers found no place so far")
-        nodes = self._nodes
-        if isinstance(failed, StartFailed):
-            failures, nodes = failed.errors, set(failed.nodes)
-        elif error is None or not isinstance(current_state, RestartingState):
-            return
-        draining = not nodes.isdisjoint(draining_nodes())
-        charge = charge_of(failures.values(), draining=draining)
-        known = isinstance(error, PreemptionError) or isinstance(previous_state, PreemptingState)
-        if charge == "pause" or not (known or charge == "preemption"):
-            return
-        info = getattr(error, "preemption_info", None)
-        ranks = sorted(failures) if info is None else info.preempted_ranks
-        deadline_s = info.deadline_ms / 1000 if info is not None and info.deadline_ms else None
-        with contextlib.suppress(StorageError):  # the run must go on; the board says it too
-            append_event(self._run, **preempted_event(ranks, deadline_s, step=None))
-        self._board.say.remote(
-            f"preempted: workers {ranks} went before a checkpoint was committed; going on from the "
-            "last one"
-        )
 
 
 class RunTrainer(DataParallelTrainer):  # type: ignore[misc]

@@ -133,6 +133,8 @@ class Verdict:
     """Failures that counted within the window, this one with them."""
     give_up: str
     """Why the run ends, in one sentence; empty: it starts again from its last checkpoint."""
+    counted: bool = True
+    """Whether this one is among them."""
 
 
 class FailureCount:
@@ -157,15 +159,18 @@ class FailureCount:
         new = Failure(error=error, cause=cause, step=step, at=now)
         self._failures = [f for f in self._failures if now - f.at < WINDOW_S] + [new]
         count = sum(failure.counts for failure in self._failures)
+        return Verdict(count, self._give_up(new, count), new.counts)
+
+    def _give_up(self, new: Failure, count: int) -> str:
         same = self._same_as(new) if self._max_failures > 0 else []
         if sum(failure.step == new.step for failure in same) >= SAME_FAILURES:
-            return Verdict(count, _same(new, f"three times {new.where}"))
+            return _same(new, f"three times {new.where}")
         if len(same) >= STUCK_FAILURES:
             often = f"{len(same)} times without getting beyond step {same[0].step}"
-            return Verdict(count, _same(new, often))
+            return _same(new, often)
         if new.counts and count > self._max_failures:
-            return Verdict(count, _too_many(new, count, self._max_failures))
-        return Verdict(count, "")
+            return _too_many(new, count, self._max_failures)
+        return ""
 
     def _same_as(self, new: Failure) -> list[Failure]:
         """Return the new failure and those like it, from one on that none has got beyond."""
@@ -186,4 +191,4 @@ def _same(failure: Failure, how_often: str) -> str:
 def _too_many(failure: Failure, count: int, most: int) -> str:
     many = f"; the {count}. failure within 24 hours, more than" if most else ", and"
     said = f"{failure.error} ({failure.where}{many} train.max_failures={most})"
-    return f"{said}; {_REMEDY[failure.cause]}, or raise that"
+    return f"{said}; {_REMEDY[failure.cause]}, or raise train.max_failures"

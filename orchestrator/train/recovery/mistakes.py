@@ -195,7 +195,7 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Leave with the board what would stay behind if this process were killed."""
-        self._nodes = elastic.nodes_of(worker_group)
+        self._nodes, self._decided = elastic.nodes_of(worker_group), False
         state = worker_group.get_worker_group_state()
         self._board.keep.remote("placement_group", state.placement_group_handle.placement_group)
 
@@ -207,6 +207,8 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
             GaveUp: too many failures, or the same one again and again.
         """
         errors = worker_group_status.errors
+        if self._decided:
+            return  # Ray waits out a node's notice, and polls what has failed again
         draining = bool(errors) and not self._nodes.isdisjoint(elastic.draining_nodes())
         if not errors or charge_of(errors.values(), draining=draining) != "failure":
             return
@@ -219,6 +221,7 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
         trace = str(worker_group_status.worker_statuses[found.rank].error)
         if isinstance(cluster.root_cause(errors[found.rank]), OutOfMemory):
             return  # it has a remedy of its own, and an end
+        self._decided = True
         self._add(found.error, found.cause, step, trace)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
@@ -262,4 +265,5 @@ def describe(error: str, step: int | None, verdict: Verdict, most: int) -> str:
     """Return the line for a person."""
     where = "while starting" if step is None else f"at step {step}"
     what = "giving up" if verdict.give_up else "starting again from the last checkpoint"
-    return f"failure {verdict.count} (of at most {most} in 24 h) {where}: {error}; {what}"
+    counted = f" {verdict.count} (of at most {most} in 24 h)" if verdict.counted and most else ""
+    return f"failure{counted} {where}: {error}; {what}"

@@ -121,7 +121,7 @@ def test_no_failure_is_survived_where_that_was_asked_for() -> None:
     verdict = failures.add("ValueError: odd", cause="code", step=7)
     assert verdict.give_up == (
         "ValueError: odd (at step 7, and train.max_failures=0); mend the code, or the data of that "
-        "step, or raise that"
+        "step, or raise train.max_failures"
     )
 
 
