@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator import configfile, storage
@@ -85,10 +85,16 @@ def read_config(run: str) -> Config:
 
 
 def append_event(run: str, kind: str, **fields: Any) -> None:
-    """Add one line to `events.jsonl`. One process writes at a time: the driver or worker 0."""
+    """Add one line to `events.jsonl`; driver, controller and workers do, each when it has to."""
+    append_events(run, [(kind, fields)])
+
+
+def append_events(run: str, events: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Add a line for each (kind, fields) at once: a bucket takes as long as for one."""
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    line = json.dumps({"time": moment, "event": kind, **fields}) + "\n"
-    storage.append(storage.join(run, EVENTS_FILE), line.encode())
+    lines = [json.dumps({"time": moment, "event": kind, **fields}) for kind, fields in events]
+    content = "".join(f"{line}\n" for line in lines)
+    storage.append(storage.join(run, EVENTS_FILE), content.encode())
 
 
 def read_events(run: str) -> list[dict[str, Any]]:

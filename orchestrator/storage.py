@@ -140,12 +140,7 @@ def create(uri: str, content: bytes) -> bool:
 def append(uri: str, lines: bytes) -> None:
     """Add whole lines to an object or file; the folder of a local file must be there."""
     with explained(uri, "write"):
-        if is_remote(uri):
-            # Buckets have no append: for small objects only.
-            old = objects.get(uri) if exists(uri) else b""
-            write_atomic(uri, bytes(old) + lines)
-        else:
-            local.append(uri, lines)
+        (buckets if is_remote(uri) else local).append(uri, lines)
 
 
 def upload(source: Path, uri: str) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,18 @@ def test_a_run_in_a_bucket_keeps_its_events(s3):
     assert [event["event"] for event in run.read_events(location)] == ["submitted", "training"]
     with pytest.raises(UserError, match="seed was 0 and is now 1; give this run another --name"):
         run.open_run(dataclasses.replace(config, seed=1))
+
+
+@pytest.mark.slow
+def test_of_several_writers_to_a_bucket_none_loses_an_event(s3):
+    location = f"{s3.make_bucket('run-tests')}/runs/many"
+
+    def write(writer: int) -> None:
+        for number in range(5):
+            run.append_event(location, "said", writer=writer, number=number)
+
+    with ThreadPoolExecutor(4) as writers:
+        list(writers.map(write, range(4)))
+    said = [(event["writer"], event["number"]) for event in run.read_events(location)]
+    assert sorted(said) == [(writer, number) for writer in range(4) for number in range(5)]
+    assert [number for writer, number in said if writer == 0] == list(range(5))

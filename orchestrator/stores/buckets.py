@@ -5,15 +5,21 @@ Credentials are the provider's own chain: `GOOGLE_APPLICATION_CREDENTIALS` or th
 workload identity.
 """
 
-from collections.abc import Iterator, Sequence
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from orchestrator.stores import objects
 from orchestrator.stores.faults import MissingError, StorageError
 from orchestrator.stores.local import Entry
+
+# Between tries of writers that meet: a few times what a request takes.
+_MOMENT_S = 0.2
 
 
 def write_atomic(uri: str, content: bytes) -> None:
@@ -40,6 +46,40 @@ def create(uri: str, content: bytes) -> bool:
 
     made: bool = objects.repeated(put, uri=uri, verb="write")
     return made or bytes(objects.get(uri)) == content
+
+
+def append(uri: str, lines: bytes) -> None:
+    """Add lines to an object that is small: buckets can only write it anew.
+
+    Of several writers none loses a line: each writes only over what it has read.
+    """
+    key, tried = objects.split(uri)[2], False
+
+    def put() -> bool:
+        nonlocal tried
+        store = objects.store_of(uri)
+        try:
+            found = obstore.get(store, key)
+        except FileNotFoundError:
+            return create(uri, lines)
+        old = bytes(found.bytes())
+        if tried and lines in old:
+            return True  # a repeated request meets what the first one wrote
+        tried = True
+        try:
+            obstore.put(store, key, old + lines, mode=_only_over(uri, found.meta))
+        except (PreconditionError, AlreadyExistsError):  # 412, and AWS's 409 for two at once
+            return False
+        return True
+
+    while not objects.repeated(put, uri=uri, verb="write"):
+        time.sleep(random.uniform(0.0, _MOMENT_S))
+
+
+def _only_over(uri: str, found: Mapping[str, Any]) -> Any:
+    """Return the mode that writes over this version only, where storage names versions."""
+    name = "version" if uri.startswith("gs://") else "e_tag"
+    return {name: found[name]} if found[name] else "overwrite"
 
 
 def upload(source: Path, uri: str) -> None:

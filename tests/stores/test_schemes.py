@@ -203,6 +203,9 @@ def test_another_cloud_is_read_and_written_like_the_rest(root, tmp_path):
     storage.download(uri, tmp_path / "down" / "1.bin")
     storage.upload(tmp_path / "down" / "1.bin", f"{root}/t/up.bin")
     assert storage.read_bytes(f"{root}/t/up.bin") == content
+    for line in (b"one\n", b"two\n", b"two\n"):
+        storage.append(f"{root}/t/log", line)
+    assert storage.read_bytes(f"{root}/t/log") == b"one\ntwo\ntwo\n"
     storage.check_writable(root)
     storage.delete_file(uri)
     storage.delete_file(uri)

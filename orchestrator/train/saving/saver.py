@@ -18,7 +18,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from orchestrator import storage
-from orchestrator.run import METRICS_FILE, QUARANTINE_FILE, append_event
+from orchestrator.run import METRICS_FILE, QUARANTINE_FILE, append_events
 from orchestrator.train.saving import checkpoint, lease, state
 from orchestrator.train.saving.amendments import Amendments
 from orchestrator.train.saving.background import Background
@@ -153,6 +153,7 @@ class Saver:
             assert self._books is not None
             try:
                 self._add_bad(bad, self._books)
+                self._say()
                 location = storage.join(self._run, QUARANTINE_FILE)
                 storage.write_atomic(location, self._books.quarantine.encode())
             finally:
@@ -185,6 +186,7 @@ class Saver:
             attempt.stored.set()
             attempt.over.set()
         if self._books is not None and not attempt.failed:
+            self._say()
             self._amendments.write(self._books.check_lease)
             self._tidy(self._books)
 
@@ -235,8 +237,7 @@ class Saver:
 
     def _add_bad(self, rows: list[dict[str, Any]], books: Books) -> bool:
         new = books.quarantine.add(rows)
-        for row in new:
-            self._note("quarantined", **row)
+        self._unsaid += [("quarantined", row) for row in new]
         return bool(new)
 
     def _give_up(self, attempt: Attempt, reason: str) -> None:
@@ -274,11 +275,13 @@ class Saver:
 
     def _note(self, kind: str, **fields: Any) -> None:
         self._unsaid.append((kind, fields))
-        del self._unsaid[:-_MAX_UNSAID]
+        self._say()
+
+    def _say(self) -> None:
         try:
-            while self._unsaid:
-                kind, fields = self._unsaid[0]
-                append_event(self._run, kind, **fields)
-                del self._unsaid[0]
+            if self._unsaid:
+                append_events(self._run, self._unsaid)
+            self._unsaid.clear()
         except Exception as error:  # as above; what is left is tried with the next event
-            _log.debug("cannot write an event: %r", error)
+            del self._unsaid[:-_MAX_UNSAID]
+            _log.debug("cannot write events: %r", error)

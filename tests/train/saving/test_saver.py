@@ -18,7 +18,7 @@ from faults import FaultProxy
 from saves import Meeting, Worker
 
 from orchestrator.run import read_events
-from orchestrator.train.saving import checkpoint, commit
+from orchestrator.train.saving import checkpoint, commit, saver
 from orchestrator.train.saving.checkpoint import CheckpointError
 from orchestrator.train.saving.staging import Staging
 from orchestrator.train.strategies.tensors import read_weights
@@ -164,6 +164,16 @@ def test_a_failing_save_is_said_and_tried_again(run: str, broken: Path) -> None:
     assert pq.read_table(f"{run}/quarantine.parquet")["id"].to_pylist() == ["x"]
     assert checkpoint.list_manifests(run)[-1].stats["saves_failed"] == 3
     assert [e["id"] for e in read_events(run) if e["event"] == "quarantined"] == ["x"]
+
+
+def test_many_bad_images_are_said_at_once(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int] = []
+    monkeypatch.setattr(saver, "append_events", lambda run, events: said.append(len(events)))
+    worker = Worker(run)
+    worker.consume(1, bad=[{**saves.BAD, "uri": f"{i}.png"} for i in range(12_000)])
+    worker.save(1, last=True)
+    worker.committer.close(60)
+    assert said == [12_000]
 
 
 def test_after_max_age_without_a_checkpoint_the_run_fails(run: str, broken: Path) -> None:
