@@ -82,6 +82,7 @@ class Committer:
         self._before = {name: totals.get(name, 0) for name in _TOTALS}
         self._start = starts[0]
         self._number = 0
+        self._readable: set[type] = set()
         self._skipped = 0
         self._pause_s = 0.0
         self._snapshots = Snapshots()
@@ -262,8 +263,10 @@ class Committer:
         folder = self._staging.folder()
         try:
             captured = capture(folder)
-            if self._number == 0:
+            kinds = state.kinds_in(captured)
+            if not kinds <= self._readable:
                 state.check_readable(captured)
+                self._readable |= kinds
             copied = self._snapshots.take(captured)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ import torch
 from faults import FaultProxy
 from saves import Meeting, Worker
 
+from orchestrator.config import UserError
 from orchestrator.run import read_events
 from orchestrator.train.saving import checkpoint, commit, saver
 from orchestrator.train.saving.checkpoint import CheckpointError
@@ -80,6 +81,23 @@ def test_what_changes_after_the_save_began_is_not_in_it(run: str, tmp_path: Path
     assert steps(run) == [1]  # the second fell due while the first was under way
     assert torch.equal(fetched(run, tmp_path / "to")["net.weight"], torch.ones(LARGE))
     assert worker.committer.totals["saves_skipped"] == 1
+
+
+def test_what_cannot_be_read_again_is_refused_whenever_it_turns_up(run: str) -> None:
+    class Custom:
+        pass
+
+    worker, kept = Worker(run), {"seen": [1]}
+
+    def save(step: int) -> None:
+        captured = {**saves.state_at(step), "trainer.pt": kept}
+        point = saves.make_manifest(step)
+        worker.committer.save(point, capture=lambda folder: captured, consumed=worker.consumed)
+
+    save(1)
+    kept["seen"].append(Custom())
+    with pytest.raises(UserError, match=r"trainer\.pt holds more than tensors and primitives"):
+        save(2)
 
 
 def test_a_validation_waits_for_the_save_under_way_instead(run: str) -> None:
