@@ -115,8 +115,9 @@ def diagnose_start(failed: StartFailed, *, hang_timeout_s: float) -> Found:
         UserError: as `diagnose` does.
     """
     if failed.late_s:
-        ranks = ", ".join(map(str, sorted(failed.errors))) or "(it is not known which)"
-        said = f"workers {ranks} did not start within {failed.late_s:g} s"
+        ranks = ", ".join(map(str, sorted(failed.errors))) or "(which, is not known)"
+        who = f"worker {ranks}" if len(failed.errors) == 1 else f"workers {ranks}"
+        said = f"{who} did not start within {failed.late_s:g} s"
         return Found(said, "hang", None, 0)
     if failed.errors:
         return diagnose(failed.errors, hang_timeout_s=hang_timeout_s)

@@ -44,7 +44,7 @@ class StartFailed(WorkerGroupStartupFailedError):  # type: ignore[misc]
         late_s: float = 0.0,
         nodes: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__("workers ended while they started")
+        super().__init__(dict(errors))  # so that it is pickled whole
         self.errors, self.late_s, self.nodes = dict(errors), late_s, nodes
 
 

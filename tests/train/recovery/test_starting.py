@@ -1,6 +1,7 @@
 """Workers that end or stand still while they join: on a real Ray cluster."""
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -39,8 +40,15 @@ def test_what_ended_a_start_is_told_by_what_is_known() -> None:
     assert found({0: DEAD, 1: lost})[1].startswith("worker 0's process ended unexpectedly")
     assert found({1: lost})[0] == "process"
     assert found({1: CodeError("ImportError: no torch", None)}) == ("code", "ImportError: no torch")
-    assert found({1: DEAD}, 60) == ("hang", "workers 1 did not start within 60 s")
+    assert found({1: DEAD}, 60) == ("hang", "worker 1 did not start within 60 s")
+    assert found({0: DEAD, 1: DEAD}, 60)[1].startswith("workers 0, 1 did not start within")
     assert found({}) == ("process", "a worker's process ended while it started")
+
+
+def test_it_travels_whole() -> None:
+    failed = StartFailed({1: ValueError("odd")}, late_s=60, nodes=frozenset("a"))
+    read = pickle.loads(pickle.dumps(failed))
+    assert (str(read.errors[1]), read.late_s, read.nodes) == ("odd", 60, {"a"})
 
 
 class Strikes(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
@@ -90,5 +98,5 @@ def test_workers_that_are_killed_or_stopped_while_they_join_start_again(tmp_path
         ("hang", None, 2),
     ]
     assert failures[0]["error"].startswith("worker 0's process ended unexpectedly on node")
-    assert failures[1]["error"] == f"workers 1 did not start within {LIMIT_S:g} s"
+    assert failures[1]["error"] == f"worker 1 did not start within {LIMIT_S:g} s"
     assert cluster.groups_of_job() == set()
