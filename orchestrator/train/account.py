@@ -10,6 +10,7 @@ from orchestrator.train.timing.timeline import (
     PRODUCTIVE,
     Events,
     allocated_s,
+    allocated_until,
     from_stats,
     sessions,
     step_seconds,
@@ -33,7 +34,9 @@ def account(events: Events, last: Manifest, config: Config, *, now: float) -> di
     stats = _final_stats(events, last)
     saved_at = stats.get("saved_at", 0.0)
     spans = sessions(events, saved_at=saved_at, now=now)
-    whole_s = allocated_s(spans, 0.0, now)
+    # Ending: workers are let go, Ray Train cleans up.
+    ending_s = allocated_s(spans, saved_at, now)
+    whole_s = allocated_until(stats) + ending_s if saved_at else ending_s
     seconds = from_stats(stats)
     measured = Measured(
         seconds=seconds,
@@ -45,8 +48,7 @@ def account(events: Events, last: Manifest, config: Config, *, now: float) -> di
         **_placed(events, config, last.world_size),
     )
     verdict = judge(measured, config).sentence if step_seconds(seconds) else None
-    # Ending: workers are let go, Ray Train cleans up.
-    seconds["other"] += allocated_s(spans, saved_at, now) if saved_at else 0.0
+    seconds["other"] += ending_s if saved_at else 0.0
     return {
         "time": {part: round(each, 3) for part, each in seconds.items()},
         "unattributed_s": round(whole_s - sum(seconds.values()), 3),

@@ -19,7 +19,14 @@ from orchestrator.train.timing.ceiling import Ceiling
 from orchestrator.train.timing.exchange import Exchange, exchange_of
 from orchestrator.train.timing.gpu_clock import GpuClock
 from orchestrator.train.timing.pace import Pace
-from orchestrator.train.timing.timeline import Part, from_stats, step_seconds, time_before, to_stats
+from orchestrator.train.timing.timeline import (
+    Part,
+    allocated_until,
+    from_stats,
+    step_seconds,
+    time_before,
+    to_stats,
+)
 
 
 class Clocks(pl.Callback):
@@ -81,9 +88,11 @@ class Clocks(pl.Callback):
 
     def _begin(self) -> None:
         self._began = True
+        self._began_at = time.time()
         startup, restart = time_before(
-            self._events, saved_at=self._totals.get("saved_at", 0.0), now=time.time()
+            self._events, saved_at=self._totals.get("saved_at", 0.0), now=self._began_at
         )
+        self._allocated_s = allocated_until(self._totals) + startup + restart
         self._before["startup"] += startup
         self._before["restart"] += restart
         self._waited_s, self._prepared_s = self._loader.waited_s, self._loader.prepared_s
@@ -125,7 +134,8 @@ class Clocks(pl.Callback):
         Besides the parts: `step_s`, `wait_s_of_step`, `exchange_s` (seconds of a step of this
         start: in all, for data on the worker that waits longest, for the exchange itself),
         `ceiling_s` (those of a step fed from memory), `slow_rank`, `slow_factor` (the worker that
-        computes longest, and how much longer than the others' median), `saved_at`.
+        computes longest, and how much longer than the others' median), `saved_at`, `allocated_s`
+        (all that was allocated until then).
         """
         carried = {name: value for name, value in self._totals.items() if name in _CARRIED}
         if not self._began:
@@ -136,7 +146,8 @@ class Clocks(pl.Callback):
         mean = {part: statistics.fmean(each[part] for each in parts) for part in seconds}
         totals = {part: self._before[part] + mean[part] for part in mean}
         found = {**self._pace.totals, **self._reading, **carried, **to_stats(totals)}
-        found["saved_at"] = time.time()
+        found["saved_at"] = now = time.time()
+        found["allocated_s"] = self._allocated_s + now - self._began_at
         if self._steps:
             found["step_s"] = step_seconds(mean) / self._steps
             found["wait_s_of_step"] = max(each["wait"] for each in parts) / self._steps
@@ -160,7 +171,7 @@ class Clocks(pl.Callback):
 
 _CARRIED = {
     "step_s", "wait_s_of_step", "exchange_s", "ceiling_s", "slow_rank", "slow_factor", "saved_at",
-    *to_stats(from_stats({})),
+    "allocated_s", *to_stats(from_stats({})),
 }  # fmt: skip
 
 

@@ -119,6 +119,20 @@ def allocated_s(spans: Sequence[tuple[float, float]], start: float, end: float) 
     return sum(max(0.0, min(end, stop) - max(start, begin)) for begin, stop in spans)
 
 
+def allocated_until(stats: Mapping[str, float]) -> float:
+    """Return for how many seconds the run was allocated until a checkpoint was saved.
+
+    Checkpoints carry it on: of a session that was killed, nothing else keeps when it last lived.
+    """
+    # Runs of before do not have it, but their parts, which add up to it.
+    return stats.get("allocated_s", sum(from_stats(stats).values()))
+
+
+def last_sign(events: Events, *, saved_at: float) -> float:
+    """Return when a run is last known to have lived, in seconds since 1970; 0: never."""
+    return max([saved_at, *(moment_of(event) for event in events)])
+
+
 def time_before(events: Events, *, saved_at: float, now: float) -> tuple[float, float]:
     """Return the seconds of start-up and of restart that lie behind a start's first batch.
 

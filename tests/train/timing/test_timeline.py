@@ -1,10 +1,10 @@
 """Seconds by part: a worker's own clock, and what the times of a run's events say."""
 
-import datetime
 import random
 from typing import Any
 
 import pytest
+from moments import NOON, event
 from saves import make_manifest
 
 from orchestrator.config import Config
@@ -20,8 +20,6 @@ from orchestrator.train.timing.timeline import (
     to_stats,
 )
 
-NOON = datetime.datetime(2026, 5, 1, 12, tzinfo=datetime.UTC).timestamp()
-
 
 class Clock:
     def __init__(self) -> None:
@@ -29,12 +27,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def event(kind: str, at: float, **fields: Any) -> dict[str, Any]:
-    """Return an event of so many seconds after noon."""
-    moment = datetime.datetime.fromtimestamp(NOON + at, datetime.UTC)
-    return {"time": moment.isoformat(timespec="milliseconds"), "event": kind, **fields}
 
 
 def test_every_second_belongs_to_one_part() -> None:

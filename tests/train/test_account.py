@@ -1,0 +1,93 @@
+"""What a run says of its time where drivers were killed and the run was submitted again."""
+
+import types
+from typing import Any
+
+import pytest
+from moments import NOON, event
+from saves import make_manifest
+
+from orchestrator.config import Config
+from orchestrator.data.assemble import Costs
+from orchestrator.data.plan import Batching
+from orchestrator.train.account import account
+from orchestrator.train.timing import clocks
+from orchestrator.train.timing.clocks import Clocks
+from orchestrator.train.timing.pace import Pace
+from orchestrator.train.timing.timeline import Timeline
+
+ALONE: Any = types.SimpleNamespace(world_size=1)
+# Submitted, and killed long after the last checkpoint; the next day submitted again.
+FIRST = [event("submitted", 0), event("training", 20)]
+SECOND = [*FIRST, event("submitted", 2_000), event("training", 2_017)]
+
+
+class Clock:
+    """The time of all clocks."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(clocks, "time", made)
+    return made
+
+
+def start(
+    clock: Clock, at: float, events: list[dict[str, Any]], totals: dict[str, float]
+) -> Clocks:
+    """Return the clocks of a start whose first batch comes so many seconds after noon."""
+    loader: Any = types.SimpleNamespace(
+        batching=Batching(80, 8, 1, accumulation=1), image_size=8, shares_cpus=False,
+        waited_s=0.0, prepared_s=0.0, costs=Costs(),
+    )  # fmt: skip
+    clock.now = NOON + at
+    pace = Pace(lambda: 0.0, totals, step=0)
+    pace.timeline = Timeline(clock.time)
+    made = Clocks("", loader, pace, totals, step=0)
+    made._events = events
+    made._begin()
+    made.timeline.enter("forward_backward")
+    return made
+
+
+def save(clock: Clock, made: Clocks, at: float) -> dict[str, float]:
+    clock.now = NOON + at
+    return made.totals(ALONE)
+
+
+def test_a_session_that_was_killed_counts_up_to_its_last_checkpoint(clock: Clock) -> None:
+    first = start(clock, 20, FIRST, {})
+    save(clock, first, 600)
+    saved = save(clock, first, 1_200)
+    # Killed at 1,300 s, which nothing tells.
+    again = start(clock, 2_017, SECOND, saved)
+    last = make_manifest(100, stats=save(clock, again, 2_110))
+    found = account(SECOND, last, Config(), now=NOON + 2_117)
+    assert found["allocated_s"] == pytest.approx(1_200 + 117)
+    assert sum(found["time"].values()) == pytest.approx(found["allocated_s"])
+    assert found["ettr"] == pytest.approx((1_180 + 93) / 1_317)
+    assert found["unattributed_s"] == 0
+
+
+def test_a_start_that_saves_before_its_first_batch_carries_on_what_was_allocated(
+    clock: Clock,
+) -> None:
+    saved = save(clock, start(clock, 20, FIRST, {}), 1_200)
+    made = start(clock, 2_017, SECOND, saved)
+    made._began = False
+    assert made.totals(ALONE)["allocated_s"] == saved["allocated_s"] == 1_200
+
+
+def test_what_was_allocated_does_not_hang_on_the_parts(clock: Clock) -> None:
+    made = start(clock, 20, FIRST, {})
+    made.timeline._seconds["forward_backward"] -= 30  # as where workers' clocks disagree
+    last = make_manifest(100, stats=save(clock, made, 1_200))
+    found = account(FIRST, last, Config(), now=NOON + 1_200)
+    assert (found["allocated_s"], found["unattributed_s"]) == (1_200, 30)
