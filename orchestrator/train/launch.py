@@ -152,7 +152,6 @@ def _fit(
     open_run(config)
     workers = config.scaling.num_workers  # a list where it is elastic
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
-    began = time.monotonic()
     with _board(show=show) as board, beside.process(run, config) as validation:
         waiting = preflight.describe_waiting(config, resources)
         if waiting:
@@ -170,11 +169,11 @@ def _fit(
             startup=startup,
             validation=validation,
         )
-        with _closed_where_it_diverged(run, config, began), _explained(run):
+        with _closed_where_it_diverged(run, config), _explained(run):
             if not preflight.is_trained(config, run):
                 fit_again(job, mine, lambda now: _run_trainer(now, callbacks=callbacks))
         beside.settle(run, config, validation, board)
-    return RunResult(run, close_run(run, config, wall_s=time.monotonic() - began))
+    return RunResult(run, close_run(run, config))
 
 
 def _check_memory(config: Config, *, share: int) -> None:
@@ -246,12 +245,12 @@ def _run_trainer(job: Job, *, callbacks: Sequence[ray.train.UserCallback]) -> No
 
 
 @contextlib.contextmanager
-def _closed_where_it_diverged(run: str, config: Config, began: float) -> Any:
+def _closed_where_it_diverged(run: str, config: Config) -> Any:
     """Write the result of a run that diverged, and name the checkpoint it can be gone on from."""
     try:
         yield
     except Diverged as error:
-        raise close_diverged(run, config, error, wall_s=time.monotonic() - began) from error
+        raise close_diverged(run, config, error) from error
 
 
 @contextlib.contextmanager

@@ -10,17 +10,24 @@ from orchestrator.train.account import account
 from orchestrator.train.recovery import shrink
 from orchestrator.train.recovery.errors import Diverged
 from orchestrator.train.saving import checkpoint
+from orchestrator.train.timing.timeline import Events, last_sign, moment_of
 
 # What reading the images asked of buckets, of the counts that a manifest carries.
 _STORAGE = ("requests", "retries", "bytes", "waited_s")
 
 
 def result_of(run: str, config: Config) -> dict[str, Any]:
-    """Return the result of a run that has ended, written again where it is missing or torn."""
+    """Return the result of a run that is trained, written again where it is not of its end."""
+    last = checkpoint.list_manifests(run)[-1]
     with contextlib.suppress(ValueError):
-        if result := read_result(run):
+        result = read_result(run) or {}
+        if (result.get("steps"), result.get("stop_reason")) == (last.step, last.done):
             return result
-    return close_run(run, config, wall_s=0.0)
+    # Its driver was killed after the last commit, and nobody knows when.
+    ended_at = last_sign(read_events(run), saved_at=last.stats.get("saved_at", 0.0))
+    result = _result(run, config, now=ended_at)
+    write_result(run, result)
+    return result
 
 
 def _stopping(last: checkpoint.Manifest) -> dict[str, Any] | None:
@@ -29,25 +36,32 @@ def _stopping(last: checkpoint.Manifest) -> dict[str, Any] | None:
     return {name: last.stopping[name] for name in names} if last.stopping else None
 
 
-def close_diverged(run: str, config: Config, error: Diverged, *, wall_s: float) -> Diverged:
+def close_diverged(run: str, config: Config, error: Diverged) -> Diverged:
     """Write `result.json` of a run that diverged, and return the error with its last checkpoint."""
     manifests = checkpoint.list_manifests(run)
     if not manifests:
         return Diverged(f"{error}; there is no checkpoint from before it.")
     said = f"{error}; the last good checkpoint is that of step {manifests[-1].step}."
-    close_run(run, config, wall_s=wall_s, diverged=said)
+    close_run(run, config, diverged=said)
     return Diverged(said)
 
 
-def close_run(run: str, config: Config, *, wall_s: float, diverged: str = "") -> dict[str, Any]:
-    """Write `result.json` from the committed checkpoints and the events, and return it.
+def close_run(run: str, config: Config, *, diverged: str = "") -> dict[str, Any]:
+    """Write `result.json` of a run that has just ended, and return it.
 
     Args:
         run: URI of the run's folder.
         config: the run.
-        wall_s: seconds since it was submitted.
         diverged: how a loss or the weights stopped being numbers, if they did.
     """
+    result = _result(run, config, now=time.time(), diverged=diverged)
+    write_result(run, result)
+    append_event(run, "finished", stop_reason=result["stop_reason"], step=result["steps"])
+    return result
+
+
+def _result(run: str, config: Config, *, now: float, diverged: str = "") -> dict[str, Any]:
+    """Return what the committed checkpoints and the events say of a run that ended at `now`."""
     manifests = checkpoint.list_manifests(run)
     monitor, mode = checkpoint.monitored(config.train.early_stopping)
     last = manifests[-1]
@@ -58,7 +72,7 @@ def close_run(run: str, config: Config, *, wall_s: float, diverged: str = "") ->
         (event for event in reversed(events) if event["event"] == "decided"), {}
     )
     train_s = max(last.stats["train_s"], 1e-9)
-    result = {
+    return {
         "run": run,
         "stop_reason": "diverged" if diverged else last.done,
         "problem": diverged,
@@ -75,8 +89,8 @@ def close_run(run: str, config: Config, *, wall_s: float, diverged: str = "") ->
         "preemptions": sum(event["event"] == "preempted" for event in events),
         "quarantined": int(last.stats["bad"]),
         "storage": {name: last.stats.get(name, 0) for name in _STORAGE},
-        "wall_s": wall_s,
-        **account(events, last, config, now=time.time()),
+        "wall_s": _since_submission(events, now),
+        **account(events, last, config, now=now),
         "workers": last.world_size,
         "micro_batch": shrink.report(config, events, num_workers=last.world_size),
         "decisions": {
@@ -85,6 +99,8 @@ def close_run(run: str, config: Config, *, wall_s: float, diverged: str = "") ->
             "decode_slots": decided.get("decode_slots"),
         },
     }
-    write_result(run, result)
-    append_event(run, "finished", stop_reason=result["stop_reason"], step=last.step)
-    return result
+
+
+def _since_submission(events: Events, now: float) -> float:
+    submitted = [moment_of(event) for event in events if event["event"] == "submitted"]
+    return max(0.0, now - submitted[-1]) if submitted else 0.0

@@ -1,6 +1,8 @@
 """What a run says of its time where drivers were killed and the run was submitted again."""
 
+import json
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,14 @@ from saves import make_manifest
 from orchestrator.config import Config
 from orchestrator.data.assemble import Costs
 from orchestrator.data.plan import Batching
+from orchestrator.run import EVENTS_FILE, read_events, read_result, write_result
+from orchestrator.train import outcome
 from orchestrator.train.account import account
+from orchestrator.train.saving import checkpoint
 from orchestrator.train.timing import clocks
 from orchestrator.train.timing.clocks import Clocks
 from orchestrator.train.timing.pace import Pace
-from orchestrator.train.timing.timeline import Timeline
+from orchestrator.train.timing.timeline import Timeline, to_stats
 
 ALONE: Any = types.SimpleNamespace(world_size=1)
 # Submitted, and killed long after the last checkpoint; the next day submitted again.
@@ -91,3 +96,30 @@ def test_what_was_allocated_does_not_hang_on_the_parts(clock: Clock) -> None:
     last = make_manifest(100, stats=save(clock, made, 1_200))
     found = account(FIRST, last, Config(), now=NOON + 1_200)
     assert (found["allocated_s"], found["unattributed_s"]) == (1_200, 30)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """Return a run whose driver was killed after its last commit."""
+    stats = {"train_s": 80.0, "wait_s": 8.0, "bad": 0.0, "saved_at": NOON + 100}
+    stats |= to_stats({**clocks.from_stats({}), "startup": 20.0, "forward_backward": 80.0})
+    checkpoint.commit(str(tmp_path), make_manifest(10, done="max_epochs", stats=stats))
+    lines = [json.dumps(each) + "\n" for each in FIRST]
+    (tmp_path / EVENTS_FILE).write_text("".join(lines))
+    return str(tmp_path)
+
+
+def test_a_driver_that_was_killed_after_the_last_commit_has_a_result_of_then(run: str) -> None:
+    result = outcome.result_of(run, Config())
+    assert (result["wall_s"], result["allocated_s"], result["ettr"]) == (100, 100, 0.8)
+    assert read_result(run) == result
+    assert read_events(run) == FIRST  # nothing happened now
+
+
+@pytest.mark.parametrize("stale", [{"steps": 5, "stop_reason": "max_epochs"}, {"steps": 10}])
+def test_a_result_of_an_earlier_end_is_written_again(run: str, stale: dict[str, Any]) -> None:
+    write_result(run, stale)
+    assert outcome.result_of(run, Config())["samples_seen"] == 100
+    own = {"steps": 10, "stop_reason": "max_epochs", "kept": True}
+    write_result(run, own)
+    assert outcome.result_of(run, Config()) == own
