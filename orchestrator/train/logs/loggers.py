@@ -1,9 +1,13 @@
 """Both sides: the loggers of `train.loggers`: checked by the driver, built and fed on rank 0."""
 
+import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from orchestrator.train import model
 from orchestrator.train.logs.patient import Patient, Tell, patient
 
 IDS_FILE = "loggers.json"
+_ids_lock = threading.Lock()  # each logger writes its own, in a thread of its own
 # What Lightning's own loggers import when they are built.
 _PACKAGES = {"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}
 
@@ -29,6 +34,7 @@ def check_loggers(config: Config) -> None:
     for number, entry in enumerate(config.train.loggers):
         key = f"train.loggers[{number}]"
         found, args = _checked(entry, key=key)
+        _check_tracking(found, args, key=key)
         args = {**_defaults(found, config, "", Path(), "", None), **args}
         model.check_args(found, args, key=f"{key}.init_args", class_path=entry["class_path"])
 
@@ -55,6 +61,16 @@ def _checked(entry: dict[str, Any], *, key: str) -> tuple[type[Logger], dict[str
     return found, args
 
 
+def _check_tracking(found: type[Logger], args: dict[str, Any], *, key: str) -> None:
+    """Ask for MLflow's server: 3.17 refuses folders, and mlflow-skinny knows no databases."""
+    named = args.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI")
+    if found.__name__ == "MLFlowLogger" and not named:
+        raise UserError(
+            f"{key}.init_args.tracking_uri is missing, and MLflow keeps no runs in folders any "
+            "more; set it to a server such as http://localhost:5000."
+        )
+
+
 def build_loggers(config: Config, run: str, folder: Path, tell: Tell) -> list[Patient]:
     """Build the run's loggers; one that cannot be built is told of and left out.
 
@@ -71,7 +87,10 @@ def build_loggers(config: Config, run: str, folder: Path, tell: Tell) -> list[Pa
         name = f"{number}-{found.__name__}"
         args = {**_defaults(found, config, run, folder, name, ids.get(name)), **args}
         try:
-            built.append(patient(found, args, tell=tell))
+            folder.mkdir(parents=True, exist_ok=True)
+            logger = patient(found, args, tell=tell)
+            logger.once_it_works(functools.partial(_remember_id, run, name, logger))
+            built.append(logger)
         except Exception as error:  # a server that is gone must not end training
             tell("logger_failed", logger=found.__name__, error=model.describe(error), lost=0)
     return built
@@ -89,6 +108,8 @@ def _defaults(
     if found.__name__ == "WandbLogger":
         values |= {"name": config.name, "id": own}
         return {k: v for k, v in values.items() if k in takes} | {"resume": "allow"}
+    if found.__name__ == "MLFlowLogger":
+        del values["save_dir"]  # see _check_tracking
     return {k: v for k, v in values.items() if k in takes}
 
 
@@ -96,13 +117,17 @@ def _read_ids(run: str) -> dict[str, str]:
     location = storage.join(run, IDS_FILE)
     if not storage.exists(location):
         return {}
-    ids: dict[str, str] = json.loads(storage.read_bytes(location))
+    ids: dict[str, str] = {}
+    with contextlib.suppress(ValueError):  # damaged: they go on in runs of their own
+        ids = json.loads(storage.read_bytes(location))
     return ids
 
 
-def remember_ids(run: str, loggers: list[Patient]) -> None:
-    """Write which run of its server each logger writes to, where the server chose it."""
-    found = {f"{n}-{each.kind}": getattr(each, "run_id", None) for n, each in enumerate(loggers)}
-    ids = {name: str(run_id) for name, run_id in found.items() if run_id}
-    if ids:
-        storage.write_atomic(storage.join(run, IDS_FILE), json.dumps(ids).encode())
+def _remember_id(run: str, name: str, logger: Patient) -> None:
+    """Write which run of its server a logger writes to, where the server chose it."""
+    run_id = getattr(logger, "run_id", None)
+    with _ids_lock:
+        ids = _read_ids(run)
+        if run_id and ids.get(name) != str(run_id):
+            content = json.dumps({**ids, name: str(run_id)}).encode()
+            storage.write_atomic(storage.join(run, IDS_FILE), content)

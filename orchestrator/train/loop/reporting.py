@@ -8,7 +8,6 @@ import pytorch_lightning as pl
 from orchestrator.data.loader import Loader
 from orchestrator.overrides import flatten, to_dict
 from orchestrator.run import failures_since_submission
-from orchestrator.train.logs.loggers import remember_ids
 from orchestrator.train.logs.meters import Meters
 from orchestrator.train.logs.patient import Patient
 from orchestrator.train.loop.recorder import Recorder
@@ -43,8 +42,6 @@ class Reporter(pl.Callback):
         self._restarts = len(failures_since_submission(recorder.facts.run))
         for logger in self._patient:
             logger.log_hyperparams(flatten(to_dict(config)))
-        for logger in self._patient[:1]:
-            logger.later(lambda: remember_ids(recorder.facts.run, self._patient))
         _count_steps(trainer, recorder)
         recorder.metrics.follow(lambda values, at: self._log(trainer, values, at))
 

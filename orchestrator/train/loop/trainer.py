@@ -15,7 +15,7 @@ from orchestrator.data.loader import Loader, Pass
 from orchestrator.run import append_event
 from orchestrator.train.job import Job
 from orchestrator.train.logs.loggers import build_loggers
-from orchestrator.train.logs.patient import Patient
+from orchestrator.train.logs.patient import patient
 from orchestrator.train.loop.beside_validator import BesideValidator
 from orchestrator.train.loop.elastic_pause import PauseAtNotice
 from orchestrator.train.loop.first_step import FirstStep
@@ -89,7 +89,7 @@ def build_trainer(
     # The first: what the others do in a hook is no longer forward and backward.
     callbacks.insert(0, recorder.clocks)
     callbacks.append(FirstStep(job.startup, recorder, loader))
-    extra = _extra_loggers(job, recorder, scratch)
+    tensorboard, *extra = _loggers(job, recorder, scratch)
     callbacks.append(Reporter(recorder, loader, extra))
     limit_s = config.train.hang_timeout_s
     callbacks.append(Standstill(job.run, job.board, limit_s, lambda: recorder.step))
@@ -119,7 +119,7 @@ def build_trainer(
         accumulate_grad_batches=loader.batching.accumulation,
         gradient_clip_val=config.train.gradient_clip_norm,
         callbacks=callbacks,
-        logger=[TensorBoardLogger(_log_folder(job.run, scratch), name="", version=""), *extra],
+        logger=[tensorboard, *extra],
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -131,13 +131,16 @@ def build_trainer(
     return prepared
 
 
-def _extra_loggers(job: Job, recorder: Recorder, scratch: Path) -> list[Patient]:
-    """Build those of `train.loggers` where something is logged: on rank 0."""
-    if ray.train.get_context().get_world_rank() != 0 or not job.config.train.loggers:
-        return []
+def _loggers(job: Job, recorder: Recorder, scratch: Path) -> list[Any]:
+    """Build TensorBoard's logger, and those of `train.loggers` where something is logged: rank 0.
+
+    A full disk or a server that is gone ends none of the steps.
+    """
     remote = storage.is_remote(job.run)
-    folder = scratch if remote else Path(storage.join(job.run, "loggers"))
-    folder.mkdir(parents=True, exist_ok=True)
+    save_dir = str(scratch) if remote else storage.join(job.run, "tensorboard")
+    args: dict[str, Any] = {"save_dir": save_dir, "name": "", "version": ""}
+    if ray.train.get_context().get_world_rank() != 0:
+        return [TensorBoardLogger(**args)]
 
     def tell(kind: str, /, **fields: Any) -> None:
         if hasattr(recorder, "committer"):
@@ -145,8 +148,6 @@ def _extra_loggers(job: Job, recorder: Recorder, scratch: Path) -> list[Patient]
         else:  # a logger failed before training began
             append_event(job.run, kind, **fields)
 
-    return build_loggers(job.config, job.run, folder, tell)
-
-
-def _log_folder(run: str, scratch: Path) -> str:
-    return str(scratch) if storage.is_remote(run) else storage.join(run, "tensorboard")
+    tensorboard = patient(TensorBoardLogger, args, tell=tell)
+    folder = scratch if remote else Path(storage.join(job.run, "loggers"))
+    return [tensorboard, *build_loggers(job.config, job.run, folder, tell)]

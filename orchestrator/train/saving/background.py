@@ -17,8 +17,11 @@ class Background:
         self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job; it reports its own failure."""
-        self._jobs.put(job)
+        """Queue a job, which reports its own failure; do it at once where the thread has ended."""
+        if self._thread.is_alive():
+            self._jobs.put(job)
+        else:
+            job()
 
     def close(self, timeout_s: float) -> bool:
         """End the thread after what is queued; return whether that was done in time."""

@@ -2,30 +2,24 @@
 
 import csv
 import importlib.util
-import threading
+import json
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pytorch_lightning.loggers import CSVLogger, Logger
+from told import Events
 
 from orchestrator.config import Config, TrainConfig, UserError
-from orchestrator.train.logs.loggers import build_loggers, check_loggers, remember_ids
-from orchestrator.train.logs.patient import patient
+from orchestrator.train.logs.loggers import IDS_FILE, build_loggers, check_loggers
 
 CSV = "pytorch_lightning.loggers.CSVLogger"
 
 
 def config_with(*loggers: Any) -> Config:
     return Config(name="logged", train=TrainConfig(loggers=list(loggers)))
-
-
-class Events(list[dict[str, Any]]):
-    """Takes events as a run does."""
-
-    def __call__(self, kind: str, /, **fields: Any) -> None:
-        self.append({"event": kind, **fields})
 
 
 class Gone(Logger):
@@ -38,15 +32,6 @@ class Gone(Logger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no route to host")
-
-
-class Slow(Gone):
-    """Its server answers when told to."""
-
-    answer = threading.Event()
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.answer.wait(20)
 
 
 class Refused(Gone):
@@ -70,6 +55,15 @@ class Refused(Gone):
 def test_a_wrong_logger_is_said_before_anything_starts(entry: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_loggers(config_with(entry))
+
+
+def test_mlflow_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # it is not installed
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    entry = {"class_path": "pytorch_lightning.loggers.MLFlowLogger"}
+    with pytest.raises(UserError, match=r"loggers\[0\]\.init_args\.tracking_uri is missing"):
+        check_loggers(config_with(entry))
+    check_loggers(config_with({**entry, "init_args": {"tracking_uri": "http://localhost:5000"}}))
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
@@ -100,31 +94,6 @@ def test_values_arrive_at_their_steps(tmp_path: Path) -> None:
     assert events == []
 
 
-def test_a_server_that_is_gone_is_said_once_a_minute() -> None:
-    events = Events()
-    logger = patient(Gone, {}, tell=events)
-    for step in range(50):
-        logger.log_metrics({"train_loss": 1.0}, step)
-    logger.finalize("success")
-    assert len(events) == 1
-    assert events[0]["event"] == "logger_failed"
-    assert events[0]["logger"] == "Gone"
-    assert "ConnectionError: no route to host" in events[0]["error"]
-
-
-def test_a_server_that_hangs_holds_nothing_up() -> None:
-    events = Events()
-    logger = patient(Slow, {}, tell=events)
-    began = time.perf_counter()
-    for step in range(1_500):
-        logger.log_metrics({"train_loss": 1.0}, step)
-    took_s = time.perf_counter() - began
-    Slow.answer.set()
-    logger.finalize("success")
-    assert took_s < 2
-    assert [event["error"] for event in events] == ["it does not keep up"]
-
-
 def test_a_logger_that_cannot_be_built_is_left_out(tmp_path: Path) -> None:
     events = Events()
     config = config_with({"class_path": f"{__name__}.Refused"}, {"class_path": CSV})
@@ -134,20 +103,65 @@ def test_a_logger_that_cannot_be_built_is_left_out(tmp_path: Path) -> None:
     built[0].finalize("success")
 
 
-class Remembering(Gone):
-    """Chooses an id where it is given none, as MLflow's server does."""
+class Remembering(CSVLogger):
+    """Chooses an id where it is given none, as MLflow's server does; down as long as told so."""
 
-    def __init__(self, run_name: str = "", run_id: str | None = None) -> None:
-        super().__init__()
-        self.run_name, self.run_id = run_name, run_id or "chosen-by-the-server"
+    down = False
+
+    def __init__(self, save_dir: str, run_name: str = "", run_id: str | None = None) -> None:
+        super().__init__(save_dir)
+        self.run_name, self.run_id = run_name, run_id or uuid.uuid4().hex
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if self.down:
+            raise ConnectionError("no route to host")
+
+
+REMEMBERING = {"class_path": f"{__name__}.Remembering"}
+
+
+def log(logger: Any) -> None:
+    logger.log_metrics({"train_loss": 1.0}, 1)
+    logger.finalize("success")
 
 
 def test_a_resumed_run_goes_on_in_the_same_run_of_its_server(tmp_path: Path) -> None:
-    config = config_with({"class_path": f"{__name__}.Remembering"})
-    first: Any = build_loggers(config, str(tmp_path), tmp_path, Events())
-    remember_ids(str(tmp_path), first)
-    first[0].run_id = "another"
-    again: Any = build_loggers(config, str(tmp_path), tmp_path, Events())
-    assert (again[0].run_name, again[0].run_id) == ("logged", "chosen-by-the-server")
-    for logger in [*first, *again]:
-        logger.finalize("success")
+    config = config_with(REMEMBERING)
+    (first,) = build_loggers(config, str(tmp_path), tmp_path, Events())
+    log(first)
+    (again,) = build_loggers(config, str(tmp_path), tmp_path, Events())
+    found: Any = again
+    assert (found.run_name, found.run_id) == ("logged", first.run_id)
+    again.finalize("success")
+
+
+def test_ids_belong_to_places_in_the_config_whatever_could_not_be_built(tmp_path: Path) -> None:
+    config = config_with({"class_path": f"{__name__}.Refused"}, REMEMBERING, REMEMBERING)
+    built = build_loggers(config, str(tmp_path), tmp_path, Events())
+    for logger in built:
+        log(logger)
+    ids = json.loads((tmp_path / IDS_FILE).read_text())
+    one, two = (logger.run_id for logger in built)
+    assert ids == {"1-Remembering": one, "2-Remembering": two}
+
+
+def test_an_id_is_remembered_once_the_server_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = Events()
+    (logger,) = build_loggers(config_with(REMEMBERING), str(tmp_path), tmp_path, events)
+    monkeypatch.setattr(Remembering, "down", True)
+    logger.log_metrics({"train_loss": 1.0}, 1)
+    while not events:
+        time.sleep(0.01)
+    assert not (tmp_path / IDS_FILE).exists()
+    monkeypatch.setattr(Remembering, "down", False)
+    log(logger)
+    assert json.loads((tmp_path / IDS_FILE).read_text()) == {"0-Remembering": logger.run_id}
+
+
+def test_ids_that_are_damaged_do_not_stop_a_run(tmp_path: Path) -> None:
+    (tmp_path / IDS_FILE).write_text('{"0-Rem')
+    (logger,) = build_loggers(config_with(REMEMBERING), str(tmp_path), tmp_path, Events())
+    log(logger)
+    assert json.loads((tmp_path / IDS_FILE).read_text()) == {"0-Remembering": logger.run_id}
