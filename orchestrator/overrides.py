@@ -114,6 +114,21 @@ def identity(config: Config) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if not f"{k}.".startswith(_FREE_PREFIXES)}
 
 
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return what differs between two identities, in words; empty: nothing.
+
+    A field that `before` does not know yet, as an older version wrote it, had its default.
+    """
+    defaults = identity(Config())
+    before = {**{key: defaults[key] for key in after.keys() & defaults.keys()}, **before}
+    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    if not changed:
+        return ""
+    key = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"{key} was {before.get(key)!r} and is now {after.get(key)!r}{more}"
+
+
 _FREE_PREFIXES = tuple(f"{prefix}." for prefix in _FREE_TO_CHANGE)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator import configfile, storage
 from orchestrator.config import Config, UserError
-from orchestrator.overrides import identity
+from orchestrator.overrides import differences, identity
 
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
@@ -55,14 +55,11 @@ def check_same_run(config: Config) -> None:
     run = run_uri(config)
     if not storage.exists(storage.join(run, CONFIG_FILE)):
         return
-    before, after = identity(read_config(run)), identity(config)
-    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    changed = differences(identity(read_config(run)), identity(config))
     if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
-            f"{run} belongs to another config: {key} was {before.get(key)!r} and is now "
-            f"{after.get(key)!r}{more}; give this run another --name, or take the change back."
+            f"{run} belongs to another config: {changed}; give this run another --name, or take "
+            "the change back."
         )
 
 

@@ -24,7 +24,7 @@ from orchestrator.run import (
     open_run,
     run_uri,
 )
-from orchestrator.train import preflight
+from orchestrator.train import preflight, resuming
 from orchestrator.train.entry import run_worker
 from orchestrator.train.job import Job
 from orchestrator.train.outcome import close_diverged, close_run, result_of
@@ -82,7 +82,7 @@ def check(config: Config) -> Choice:
     preflight.check_model(config, index)
     choose.check_hardware(config)
     check_same_run(config)
-    resumed = preflight.check_checkpoints(config, index, run_uri(config))
+    resumed = resuming.check_checkpoints(config, index, run_uri(config))
     return choose.choose_strategy(config, num_classes=len(index.classes), resumed=resumed)
 
 

@@ -172,44 +172,6 @@ def _check_monitor(config: Config) -> None:
         )
 
 
-def check_checkpoints(config: Config, index: Index, run: str) -> str | None:
-    """Hold the run's checkpoints, if any, against the data and the epochs.
-
-    Returns:
-        the strategy of the checkpoint that the run goes on from, if there is one.
-
-    Raises:
-        UserError: the run cannot be resumed so.
-    """
-    manifests = checkpoint.list_manifests(run)
-    if not manifests:
-        return None
-    last = manifests[-1]
-    if last.index_digest != index.digest:
-        raise UserError(
-            f"{run} was trained on a data set with digest {last.index_digest[:12]} but "
-            f"{index.uri} has {index.digest[:12]}; give this run another --name, or restore it."
-        )
-    _check_epochs(config, index, run, last)
-    return last.strategy
-
-
-def _check_epochs(config: Config, index: Index, run: str, last: checkpoint.Manifest) -> None:
-    total = config.train.max_epochs * index.splits["train"].samples
-    if total < last.position:
-        raise UserError(
-            f"train.max_epochs={config.train.max_epochs} ends before the checkpoint of {run}, "
-            f"which has completed {last.epoch} epochs; raise it."
-        )
-    short = last.position != last.step * config.data.global_batch
-    if short and total > last.position and last.done == "max_epochs":
-        raise UserError(
-            f"train.max_epochs={config.train.max_epochs}: the last step of {run} was shorter than "
-            f"data.global_batch={config.data.global_batch}, so a longer run has other steps; give "
-            "it another --name."
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Resources:
     """CPUs and GPUs of a cluster as it stands."""

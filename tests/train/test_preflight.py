@@ -19,8 +19,6 @@ from orchestrator.config import (
 from orchestrator.data.index import Index
 from orchestrator.train import preflight
 from orchestrator.train.preflight import Resources
-from orchestrator.train.saving import checkpoint
-from orchestrator.train.saving.checkpoint import Manifest
 
 
 @pytest.fixture
@@ -35,44 +33,6 @@ def make_config(index: Index, tmp_path: Path, *, max_epochs: int) -> Config:
         data=DataConfig(index=index.uri, global_batch=7),
         train=TrainConfig(max_epochs=max_epochs),
     )
-
-
-def commit(run: str, index: Index, *, step: int, position: int, epoch: int, done: str) -> None:
-    manifest = Manifest(
-        step=step, position=position, epoch=epoch, metrics={}, done=done, world_size=1,
-        strategy="ddp", precision="32", config_digest="", index_digest=index.digest,
-        stats={}, files=(),
-    )  # fmt: skip
-    checkpoint.commit(run, manifest)
-
-
-def test_a_run_whose_last_step_was_short_cannot_be_made_longer(
-    index: Index, tmp_path: Path
-) -> None:
-    run = str(tmp_path / "run")
-    commit(run, index, step=12, position=80, epoch=2, done="max_epochs")
-    config = make_config(index, tmp_path, max_epochs=2)
-    preflight.check_checkpoints(config, index, run)
-    assert preflight.is_finished(config, run)
-    with pytest.raises(UserError, match=r"train\.max_epochs=3: the last step .* was shorter"):
-        preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=3), index, run)
-
-
-def test_fewer_epochs_than_are_done_are_refused(index: Index, tmp_path: Path) -> None:
-    run = str(tmp_path / "run")
-    commit(run, index, step=8, position=56, epoch=1, done="")
-    preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=2), index, run)
-    with pytest.raises(UserError, match=r"train\.max_epochs=1 ends before the checkpoint"):
-        preflight.check_checkpoints(make_config(index, tmp_path, max_epochs=1), index, run)
-
-
-@pytest.mark.parametrize("done", ["converged", "diverged"])
-def test_a_run_that_stopped_itself_is_finished_whatever_its_epochs(
-    index: Index, tmp_path: Path, done: str
-) -> None:
-    run = str(tmp_path / "run")
-    commit(run, index, step=6, position=42, epoch=1, done=done)
-    assert preflight.is_finished(make_config(index, tmp_path, max_epochs=9), run)
 
 
 def test_workers_wait_for_a_cluster_that_may_grow_and_for_no_other(

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from orchestrator.data.loader import Loader
-from orchestrator.overrides import config_digest
+from orchestrator.overrides import config_digest, identity
 from orchestrator.run import append_event
 from orchestrator.train.loop.guard import Guard
 from orchestrator.train.loop.posting import Poster
@@ -277,6 +277,7 @@ class Recorder(pl.callbacks.Checkpoint):
             files=(),
             stopping=self.standing.record(facts.config.train.early_stopping),
             pending=self.pending,
+            settings=identity(facts.config),
         )
 
     def _post(self, trainer: pl.Trainer, phase: str, *, now: bool = False) -> None:

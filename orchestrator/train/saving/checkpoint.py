@@ -60,6 +60,8 @@ class Manifest:
     """What early stopping has seen so far; see train/validation/stopping.py."""
     pending: tuple[int, ...] = ()
     """Steps of checkpoints whose validation beside training had no result yet."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What makes the run this run, see `overrides.identity`; empty where an older version wrote."""
 
 
 def checkpoint_uri(run: str, step: int) -> str:
