@@ -1,6 +1,7 @@
-"""Fixtures shared by all tests: image trees, an S3 server, a Ray cluster."""
+"""Fixtures shared by all tests: image trees, an S3 server, a Ray cluster, refused commands."""
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +13,16 @@ from PIL import Image
 from s3 import S3Server, environment, serve
 
 from orchestrator import storage
+from orchestrator.cli import main
+
+CONFIG = """
+name: first
+storage_path: {root}/runs
+data: {{index: {root}/data, global_batch: 8, image_size: 8}}
+model: {{init_args: {{arch: tiny_resnet}}}}
+train: {{max_epochs: 1}}
+"""
+Refused = Callable[..., None]
 
 
 def encode_png(seed: int, *, side: int = 8) -> bytes:
@@ -75,3 +86,35 @@ def ray_with_s3(s3: S3Server, request: pytest.FixtureRequest) -> S3Server:
     """Start a Ray cluster whose workers reach the S3 server."""
     request.getfixturevalue("ray_cluster")
     return s3
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """Return a config file that would train; tests break one thing of it."""
+    from packed import write_packed  # it imports encode_png from here
+
+    write_packed(tmp_path / "data")
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG.format(root=tmp_path))
+    return str(file)
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Return a function that runs a command and checks how it is refused."""
+
+    def check(*argv: str, match: str) -> None:
+        before = contents(tmp_path)
+        capfd.readouterr()
+        assert main(argv) == 2
+        out, err = capfd.readouterr()
+        assert re.fullmatch(r"error: .*[.?]\n", err), err
+        assert re.search(match, err), err
+        assert out == ""
+        assert contents(tmp_path) == before
+
+    return check

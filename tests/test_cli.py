@@ -10,51 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import Refused
 from packed import write_packed
 from s3 import environment, free_ports
 
 from orchestrator import configfile, run
 from orchestrator.cli import COMMANDS, main
 from orchestrator.data.index import read_index, read_shards, write_index
-
-CONFIG = """
-name: first
-storage_path: {root}/runs
-data: {{index: {root}/data, global_batch: 8, image_size: 8}}
-model: {{init_args: {{arch: tiny_resnet}}}}
-train: {{max_epochs: 1}}
-"""
-Refused = Callable[..., None]
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    """Return a config file that would train; tests break one thing of it."""
-    write_packed(tmp_path / "data")
-    file = tmp_path / "config.yaml"
-    file.write_text(CONFIG.format(root=tmp_path))
-    return str(file)
-
-
-def contents(folder: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Return a function that runs a command and checks how it is refused."""
-
-    def check(*argv: str, match: str) -> None:
-        before = contents(tmp_path)
-        capfd.readouterr()
-        assert main(argv) == 2
-        out, err = capfd.readouterr()
-        assert re.fullmatch(r"error: .*[.?]\n", err), err
-        assert re.search(match, err), err
-        assert out == ""
-        assert contents(tmp_path) == before
-
-    return check
 
 
 @pytest.mark.parametrize(
@@ -236,13 +198,6 @@ def test_a_bucket_that_cannot_be_reached_is_named(
     (port,) = free_ports(1)
     with environment({name: value.format(port=port) for name, value in variables.items()}):
         refused("train", "--config", config, f"--{key}", "s3://no-such-bucket/x", match=match)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_more_workers_than_cpus_are_refused(config: str, refused: Refused) -> None:
-    match = r"scaling\.num_workers=3 needs 3 CPUs but this cluster has 2, so .* for ever; lower it"
-    refused("train", "--config", config, "--scaling.num_workers", "3", match=match)
 
 
 def drop_column(data: Path, name: str) -> None:

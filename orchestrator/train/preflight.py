@@ -197,14 +197,16 @@ def check_resources(config: Config, found: Resources, *, may_grow: bool) -> None
     """
     scaling = config.scaling
     for key, each, available, kind in (
-        ("scaling.num_workers", scaling.cpus_per_worker, found.cpus, "CPUs"),
-        ("scaling.num_workers", scaling.gpus_per_worker, found.gpus, "GPUs"),
+        ("scaling.cpus_per_worker", scaling.cpus_per_worker, found.cpus, "CPUs"),
+        ("scaling.gpus_per_worker", scaling.gpus_per_worker, found.gpus, "GPUs"),
     ):
-        needed = scaling.min_workers * each
+        needed, value = scaling.min_workers * each, each
         if needed > available and not may_grow:
+            if each <= available:
+                key, value = "scaling.num_workers", scaling.min_workers
             raise UserError(
-                f"{key}={scaling.min_workers} needs {needed:g} {kind} but this cluster has "
-                f"{available:g}, so the workers would wait for ever; lower it or add nodes."
+                f"{key}={value:g} needs {needed:g} {kind} but this cluster has {available:g}, so "
+                "the workers would wait for ever; lower it or add nodes."
             )
     _check_nodes(scaling, found.nodes, may_grow=may_grow)
     if not may_grow:

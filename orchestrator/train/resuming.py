@@ -29,7 +29,7 @@ def check_checkpoints(config: Config, index: Index, run: str) -> str | None:
             f"{index.uri} has {index.digest[:12]}; give this run another --name, or restore it."
         )
     _check_settings(config, run, last)
-    _check_position(config, run, last)
+    _check_position(config, index, run, last)
     _check_epochs(config, index, run, last)
     check_shapes(config.model, run, last, num_classes=len(index.classes))
     return last.strategy
@@ -48,9 +48,12 @@ def _check_settings(config: Config, run: str, last: Manifest) -> None:
         )
 
 
-def _check_position(config: Config, run: str, last: Manifest) -> None:
+def _check_position(config: Config, index: Index, run: str, last: Manifest) -> None:
     batch = config.data.global_batch
-    if -(-last.position // batch) != last.step:
+    # Only the last step of the last epoch may be short.
+    is_end = last.position % index.splits["train"].samples == 0
+    steps = -(-last.position // batch) if is_end else last.position / batch
+    if steps != last.step:
         raise UserError(
             f"the checkpoint of step {last.step} in {run} says that {last.position} samples were "
             f"consumed, which are no {last.step} steps of data.global_batch={batch}; restore it, "

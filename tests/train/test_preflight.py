@@ -45,8 +45,10 @@ def test_workers_wait_for_a_cluster_that_may_grow_and_for_no_other(
     preflight.check_resources(config, empty, may_grow=True)
     assert "needs 4 CPUs" in (preflight.describe_waiting(config, empty) or "")
     assert preflight.describe_waiting(config, Resources(cpus=4, gpus=0)) is None
-    with pytest.raises(UserError, match=r"scaling\.num_workers=4 needs 4 CPUs"):
+    with pytest.raises(UserError, match=r"scaling\.cpus_per_worker=1 needs 4 CPUs"):
         preflight.check_resources(config, empty, may_grow=False)
+    with pytest.raises(UserError, match=r"scaling\.num_workers=4 needs 4 CPUs but .* has 2"):
+        preflight.check_resources(config, Resources(cpus=2, gpus=0), may_grow=False)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
