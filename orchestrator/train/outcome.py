@@ -10,7 +10,7 @@ from orchestrator.train.account import account
 from orchestrator.train.recovery import shrink
 from orchestrator.train.recovery.errors import Diverged
 from orchestrator.train.saving import checkpoint
-from orchestrator.train.timing.timeline import Events, last_sign, moment_of
+from orchestrator.train.timing.timeline import Events, last_sign, moment_of, since_submission
 
 # What reading the images asked of buckets, of the counts that a manifest carries.
 _STORAGE = ("requests", "retries", "bytes", "waited_s")
@@ -89,7 +89,7 @@ def _result(run: str, config: Config, *, now: float, diverged: str = "") -> dict
         "preemptions": sum(event["event"] == "preempted" for event in events),
         "quarantined": int(last.stats["bad"]),
         "storage": {name: last.stats.get(name, 0) for name in _STORAGE},
-        "wall_s": _since_submission(events, now),
+        "wall_s": _wall_s(events, now),
         **account(events, last, config, now=now),
         "workers": last.world_size,
         "micro_batch": shrink.report(config, events, num_workers=last.world_size),
@@ -101,6 +101,7 @@ def _result(run: str, config: Config, *, now: float, diverged: str = "") -> dict
     }
 
 
-def _since_submission(events: Events, now: float) -> float:
-    submitted = [moment_of(event) for event in events if event["event"] == "submitted"]
-    return max(0.0, now - submitted[-1]) if submitted else 0.0
+def _wall_s(events: Events, now: float) -> float:
+    """Return for how long a run has lived since it was submitted."""
+    mine = since_submission(events)
+    return max(0.0, now - moment_of(mine[0])) if mine else 0.0

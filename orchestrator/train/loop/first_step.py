@@ -5,16 +5,17 @@ from typing import Any
 import pytorch_lightning as pl
 
 from orchestrator.data.loader import Loader
-from orchestrator.run import failures_since_submission
+from orchestrator.run import read_events
 from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.timing.startup import Startup
+from orchestrator.train.timing.timeline import restarted_at
 
 
 class FirstStep(pl.Callback):
     """Ends a start with its first optimizer step, and writes the event `startup`.
 
-    Its `seconds` (phase -> seconds) add up to `total_s`. A start after a failure (`restart`) begins
-    where the failure was noticed.
+    Its `seconds` (phase -> seconds) add up to `total_s`. A start after the first (`restart`) begins
+    where what ended the one before was noticed.
 
     Args:
         startup: the phases so far.
@@ -51,12 +52,13 @@ class FirstStep(pl.Callback):
             self._tell(workers=trainer.world_size)
 
     def _tell(self, *, workers: int) -> None:
-        failures = failures_since_submission(self._recorder.facts.run)
-        found = self._startup.since(failures[-1]["at"]) if failures else self._startup
+        events = read_events(self._recorder.facts.run)
+        due = restarted_at(events, saved_at=self._recorder.clocks.saved_at)
+        found = self._startup if due is None else self._startup.since(due)
         self._recorder.committer.tell(
             "startup",
             total_s=found.total_s,
             seconds=found.seconds,
-            restart=bool(failures),
+            restart=due is not None,
             workers=workers,
         )

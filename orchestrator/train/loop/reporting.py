@@ -7,10 +7,11 @@ import pytorch_lightning as pl
 
 from orchestrator.data.loader import Loader
 from orchestrator.overrides import flatten, to_dict
-from orchestrator.run import failures_since_submission
+from orchestrator.run import read_events
 from orchestrator.train.logs.meters import Meters
 from orchestrator.train.logs.patient import Patient
 from orchestrator.train.loop.recorder import Recorder
+from orchestrator.train.timing.timeline import since_submission
 
 _METER_EVERY_S = 0.5
 
@@ -39,7 +40,9 @@ class Reporter(pl.Callback):
         self._meters = Meters(config.name, rank=trainer.global_rank)
         if trainer.global_rank != 0:
             return
-        self._restarts = len(failures_since_submission(recorder.facts.run))
+        # Without this one's, which begins to train later.
+        events = since_submission(read_events(recorder.facts.run))
+        self._restarts = sum(event["event"] == "training" for event in events)
         for logger in self._patient:
             logger.log_hyperparams(flatten(to_dict(config)))
         _count_steps(trainer, recorder)

@@ -60,6 +60,11 @@ class Clocks(pl.Callback):
         self._gpu: GpuClock | None = None
         self._ceiling = Ceiling(loader, step=step)
 
+    @property
+    def saved_at(self) -> float:
+        """When the checkpoint that this start goes on from was saved; 0: there is none."""
+        return self._totals.get("saved_at", 0.0)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look what came before this start, and at how the workers exchange gradients."""
         if trainer.global_rank == 0:
@@ -89,9 +94,7 @@ class Clocks(pl.Callback):
     def _begin(self) -> None:
         self._began = True
         self._began_at = time.time()
-        startup, restart = time_before(
-            self._events, saved_at=self._totals.get("saved_at", 0.0), now=self._began_at
-        )
+        startup, restart = time_before(self._events, saved_at=self.saved_at, now=self._began_at)
         self._allocated_s = allocated_until(self._totals) + startup + restart
         self._before["startup"] += startup
         self._before["restart"] += restart

@@ -25,6 +25,8 @@ PARTS: tuple[Part, ...] = get_args(Part)
 # What makes progress (the E of ETTR), and what a step of the loop consists of.
 PRODUCTIVE: tuple[Part, ...] = ("forward_backward", "communication", "optimizer")
 STEP: tuple[Part, ...] = ("wait", *PRODUCTIVE, "other")
+# Events of what ends a start of the workers, so that another one begins.
+_ENDINGS = ("failure", "preempted", "out_of_memory")
 # Before the name of a part, in a manifest's stats.
 _PREFIX = "time_"
 
@@ -87,6 +89,29 @@ Events = Sequence[Mapping[str, Any]]
 def moment_of(event: Mapping[str, Any]) -> float:
     """Return when an event was written, in seconds since 1970."""
     return datetime.datetime.fromisoformat(event["time"]).timestamp()
+
+
+def since_submission(events: Events) -> Events:
+    """Return the events of the session that is the newest."""
+    begins = [i for i, event in enumerate(events) if event["event"] == "submitted"]
+    return events[begins[-1] :] if begins else events
+
+
+def restarted_at(events: Events, *, saved_at: float) -> float | None:
+    """Return when the newest start of the workers fell due; None: when the run was submitted.
+
+    Args:
+        events: of the run, this start's "training" among them.
+        saved_at: when the checkpoint that it goes on from was saved; 0: there is none. Workers that
+            end themselves to be more of them write nothing else before they are started again.
+    """
+    mine = since_submission(events)
+    starts = [i for i, event in enumerate(mine) if event["event"] == "training"]
+    before = mine[: starts[-1]] if starts else mine
+    moments = [moment_of(event) for event in before if event["event"] in _ENDINGS]
+    if starts[1:] and saved_at > moment_of(mine[0]):
+        moments.append(saved_at)
+    return max(moments, default=None)
 
 
 def sessions(events: Events, *, saved_at: float, now: float) -> list[tuple[float, float]]:

@@ -14,6 +14,7 @@ from orchestrator.train.timing.timeline import (
     Timeline,
     allocated_s,
     from_stats,
+    restarted_at,
     sessions,
     step_seconds,
     time_before,
@@ -110,6 +111,22 @@ def test_what_lies_behind_a_start(
 ) -> None:
     found = time_before(events, saved_at=NOON + saved_at if saved_at else 0.0, now=NOON + now)
     assert found == pytest.approx(expected)
+
+
+def test_a_start_falls_due_where_the_one_before_ended() -> None:
+    def due(*events: dict[str, Any], saved_at: float = 0) -> float | None:
+        begun = [event("submitted", 0), event("training", 20), event("submitted", 1_000)]
+        found = restarted_at([*begun, *events], saved_at=NOON + saved_at if saved_at else 0.0)
+        return found and found - NOON
+
+    first, again = event("training", 1_020), event("training", 1_120)
+    assert due(first) is None
+    assert due(first, saved_at=900) is None  # of the session before
+    assert due(event("failure", 1_010), first) == 1_010  # while the workers started
+    for kind in ("failure", "preempted", "out_of_memory"):
+        assert due(first, event(kind, 1_100), again, saved_at=1_060) == 1_100
+    # There was room for more: the last checkpoint is all that is left of the start before.
+    assert due(first, again, event("resized", 1_121), saved_at=1_105) == 1_105
 
 
 def test_the_account_of_a_run_adds_up() -> None:
