@@ -48,7 +48,9 @@ def account(events: Events, last: Manifest, config: Config, *, now: float) -> di
         **_placed(events, config, last.world_size),
     )
     verdict = judge(measured, config).sentence if step_seconds(seconds) else None
-    seconds["other"] += ending_s if saved_at else 0.0
+    # Steps since the last checkpoint of a run that failed are lost.
+    failed = bool(events) and events[-1]["event"] == "failed"
+    seconds["restart" if failed else "other"] += ending_s if saved_at else 0.0
     return {
         "time": {part: round(each, 3) for part, each in seconds.items()},
         "unattributed_s": round(whole_s - sum(seconds.values()), 3),

@@ -27,7 +27,7 @@ from orchestrator.run import (
 from orchestrator.train import preflight, resuming
 from orchestrator.train.entry import run_worker
 from orchestrator.train.job import Job
-from orchestrator.train.outcome import close_diverged, close_run, result_of
+from orchestrator.train.outcome import close_diverged, close_failed, close_run, result_of
 from orchestrator.train.recovery.again import fit_again
 from orchestrator.train.recovery.elastic import RunTrainer
 from orchestrator.train.recovery.errors import Diverged
@@ -169,7 +169,7 @@ def _fit(
             startup=startup,
             validation=validation,
         )
-        with _closed_where_it_diverged(run, config), _explained(run):
+        with _closed_where_it_diverged(run, config), _explained(config, run, mine):
             if not preflight.is_trained(config, run):
                 fit_again(job, mine, lambda now: _run_trainer(now, callbacks=callbacks))
         beside.settle(run, config, validation, board)
@@ -254,7 +254,7 @@ def _closed_where_it_diverged(run: str, config: Config) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(run: str) -> Any:
+def _explained(config: Config, run: str, mine: Lease) -> Any:
     """Turn what Ray raises into the worker's own error: one line, the trace in a file."""
     try:
         yield
@@ -264,8 +264,8 @@ def _explained(run: str) -> Any:
         line = f"{type(cause).__name__}: {cluster.sentence(cause)}"
         if isinstance(cause, GaveUp):
             trace, line = cause.trace, cause.sentence
-        storage.write_atomic(storage.join(run, ERROR_FILE), trace.encode())
-        append_event(run, "failed", error=line)
+        with contextlib.suppress(UserError):  # storage may be what failed
+            _write_down(config, run, mine, line, trace, diverged=isinstance(cause, Diverged))
         if isinstance(cause, UserError):
             kind = Diverged if isinstance(cause, Diverged) else UserError
             raise kind(cluster.sentence(cause)) from error
@@ -273,3 +273,13 @@ def _explained(run: str) -> Any:
             f"training failed: {line} (trace: {storage.join(run, ERROR_FILE)}); submit the same "
             "command again to go on from the last checkpoint."
         ) from error
+
+
+def _write_down(
+    config: Config, run: str, mine: Lease, line: str, trace: str, *, diverged: bool
+) -> None:
+    storage.write_atomic(storage.join(run, ERROR_FILE), trace.encode())
+    append_event(run, "failed", error=line)
+    if not diverged:
+        mine.renew()  # the run is ours to close, and a worker that is left commits no more
+        close_failed(run, config, line)

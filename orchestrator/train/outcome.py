@@ -42,25 +42,35 @@ def close_diverged(run: str, config: Config, error: Diverged) -> Diverged:
     if not manifests:
         return Diverged(f"{error}; there is no checkpoint from before it.")
     said = f"{error}; the last good checkpoint is that of step {manifests[-1].step}."
-    close_run(run, config, diverged=said)
+    close_run(run, config, stop_reason="diverged", problem=said)
     return Diverged(said)
 
 
-def close_run(run: str, config: Config, *, diverged: str = "") -> dict[str, Any]:
+def close_failed(run: str, config: Config, problem: str) -> None:
+    """Write `result.json` of a run that an error ended; the same command still goes on with it."""
+    if checkpoint.list_manifests(run):
+        close_run(run, config, stop_reason="failed", problem=problem)
+
+
+def close_run(
+    run: str, config: Config, *, stop_reason: str = "", problem: str = ""
+) -> dict[str, Any]:
     """Write `result.json` of a run that has just ended, and return it.
 
     Args:
         run: URI of the run's folder.
         config: the run.
-        diverged: how a loss or the weights stopped being numbers, if they did.
+        stop_reason: "diverged" or "failed", where training did not end by itself.
+        problem: what happened then.
     """
-    result = _result(run, config, now=time.time(), diverged=diverged)
+    ended = {"stop_reason": stop_reason, "problem": problem} if stop_reason else {}
+    result = {**_result(run, config, now=time.time()), **ended}
     write_result(run, result)
     append_event(run, "finished", stop_reason=result["stop_reason"], step=result["steps"])
     return result
 
 
-def _result(run: str, config: Config, *, now: float, diverged: str = "") -> dict[str, Any]:
+def _result(run: str, config: Config, *, now: float) -> dict[str, Any]:
     """Return what the committed checkpoints and the events say of a run that ended at `now`."""
     manifests = checkpoint.list_manifests(run)
     monitor, mode = checkpoint.monitored(config.train.early_stopping)
@@ -74,8 +84,8 @@ def _result(run: str, config: Config, *, now: float, diverged: str = "") -> dict
     train_s = max(last.stats["train_s"], 1e-9)
     return {
         "run": run,
-        "stop_reason": "diverged" if diverged else last.done,
-        "problem": diverged,
+        "stop_reason": last.done,
+        "problem": "",
         "epochs": last.epoch,
         "steps": last.step,
         "samples_seen": last.position,

@@ -12,8 +12,9 @@ from saves import make_manifest
 from orchestrator.config import Config
 from orchestrator.data.assemble import Costs
 from orchestrator.data.plan import Batching
+from orchestrator.report import write_report
 from orchestrator.run import EVENTS_FILE, read_events, read_result, write_result
-from orchestrator.train import outcome
+from orchestrator.train import outcome, preflight
 from orchestrator.train.account import account
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.timing import clocks
@@ -123,3 +124,30 @@ def test_a_result_of_an_earlier_end_is_written_again(run: str, stale: dict[str, 
     own = {"steps": 10, "stop_reason": "max_epochs", "kept": True}
     write_result(run, own)
     assert outcome.result_of(run, Config()) == own
+
+
+def test_a_run_that_failed_has_a_result_and_goes_on(
+    run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(storage_path=str(Path(run).parent), name=Path(run).name)
+    checkpoint.amend(run, 10, done="")
+    with (Path(run) / EVENTS_FILE).open("a") as file:
+        file.write(json.dumps(event("failed", 130, error="x")) + "\n")
+    monkeypatch.setattr(outcome.time, "time", lambda: NOON + 130)
+    outcome.close_failed(run, config, "ArithmeticError: x")
+    result = read_result(run)
+    assert result is not None
+    assert (result["stop_reason"], result["problem"]) == ("failed", "ArithmeticError: x")
+    # 30 s after the last checkpoint: what was computed then is lost.
+    assert (result["time"]["restart"], result["allocated_s"]) == (30, 130)
+    assert result["verdict"]
+    assert not preflight.is_trained(config, run)
+    write_report(run)
+    assert "failed: ArithmeticError: x" in (Path(run) / "report.md").read_text()
+    checkpoint.amend(run, 10, done="max_epochs")
+    assert outcome.result_of(run, config)["stop_reason"] == "max_epochs"
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_has_none(tmp_path: Path) -> None:
+    outcome.close_failed(str(tmp_path), Config(), "x")
+    assert read_result(str(tmp_path)) is None

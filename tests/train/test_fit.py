@@ -24,7 +24,7 @@ from orchestrator.config import (
 )
 from orchestrator.data.index import Index
 from orchestrator.evaluate import evaluate
-from orchestrator.run import read_events
+from orchestrator.run import read_events, read_result
 from orchestrator.train.launch import RunResult, TrainingFailed, fit
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.strategies.strategy import WEIGHTS_FILE, read_tensors
@@ -163,6 +163,10 @@ def test_an_error_is_one_line_and_the_run_resumes_at_another_world_size(
         fit(config)
     assert "\n" not in str(caught.value)
     assert "Traceback" in (tmp_path / "fails" / "error.txt").read_text()
+    failed = read_result(str(tmp_path / "fails"))
+    assert failed is not None
+    assert (failed["stop_reason"], failed["steps"]) == ("failed", 8)
+    assert "ArithmeticError: the loss went to pieces" in failed["problem"]
     alone = dataclasses.replace(config, scaling=ScalingConfig(num_workers=1))
     resumed = fit(alone)
     assert_exactly_once(resumed)
