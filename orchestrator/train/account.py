@@ -83,11 +83,13 @@ def _final_stats(events: Events, last: Manifest) -> Mapping[str, float]:
 def _placed(events: Events, config: Config, workers: int) -> dict[str, Any]:
     """Return where the last start read, and how many micro-batches it accumulated."""
     known: dict[str, Any] = {}
+    names = ("cpus", "spare_cpus", "slots", "accumulation")
     for event in events:
-        known.update({k: event[k] for k in ("cpus", "slots", "accumulation") if k in event})
-    held = workers * config.scaling.cpus_per_worker
+        known.update({k: event[k] for k in names if k in event})
+    spare = known.get("cpus", 0.0) - config.reserved_cpus(workers)  # as of an older version
     return {
         "slots": known.get("slots", 1),
-        "spare_cpus": max(0.0, known.get("cpus", 0.0) - held),
+        "spare_cpus": known.get("spare_cpus", max(0.0, spare)),
         "accumulation": known.get("accumulation", 1),
+        "ran_out": any(event.get("setting") == "data.max_micro_batch" for event in events),
     }

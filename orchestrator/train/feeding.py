@@ -18,15 +18,28 @@ from orchestrator.train.recovery import elastic
 
 def place_readers(job: Job) -> Placement:
     """Decide where to read: now, when the workers hold their CPUs and a cluster has grown."""
-    num_workers = ray.train.get_context().get_world_size()
     return Placement.choose(
         requested=job.config.data.decode_slots,
-        # Readers that count on the CPUs of a node that is about to go would wait for ever.
-        cluster_cpus=sum(node.get("CPU", 0) for node in elastic.usable_nodes().values()),
-        worker_cpus=job.config.reserved_cpus(num_workers) * job.share,
+        cluster_cpus=_cluster_cpus(),
+        worker_cpus=_held_cpus(job),
         may_grow=job.may_grow,
         share=job.share,
     )
+
+
+def spare_cpus(job: Job) -> float:
+    """Return the CPUs of the cluster that are left to this run's readers."""
+    return max(0.0, (_cluster_cpus() - _held_cpus(job)) / job.share)
+
+
+def _cluster_cpus() -> float:
+    # Readers that count on the CPUs of a node that is about to go would wait for ever.
+    return sum(node.get("CPU", 0) for node in elastic.usable_nodes().values())
+
+
+def _held_cpus(job: Job) -> float:
+    num_workers = ray.train.get_context().get_world_size()
+    return job.config.reserved_cpus(num_workers) * job.share
 
 
 def build_loader(

@@ -9,13 +9,13 @@ import pytest
 from moments import NOON, event
 from saves import make_manifest
 
-from orchestrator.config import Config
+from orchestrator.config import BesideConfig, Config, TrainConfig, ValidateConfig
 from orchestrator.data.assemble import Costs
 from orchestrator.data.plan import Batching
 from orchestrator.report import write_report
 from orchestrator.run import EVENTS_FILE, read_events, read_result, write_result
 from orchestrator.train import outcome, preflight
-from orchestrator.train.account import account
+from orchestrator.train.account import _placed, account
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.timing import clocks
 from orchestrator.train.timing.clocks import Clocks
@@ -97,6 +97,29 @@ def test_what_was_allocated_does_not_hang_on_the_parts(clock: Clock) -> None:
     last = make_manifest(100, stats=save(clock, made, 1_200))
     found = account(FIRST, last, Config(), now=NOON + 1_200)
     assert (found["allocated_s"], found["unattributed_s"]) == (1_200, 30)
+
+
+@pytest.mark.parametrize(("workers", "kept"), [(1, True), (2, False)])
+def test_a_ceiling_holds_for_the_world_size_it_was_measured_at(
+    clock: Clock, workers: int, kept: bool
+) -> None:
+    before = {"ceiling_s": 0.5, "slow_rank": 1.0, "slow_factor": 1.5, "workers": float(workers)}
+    made = start(clock, 20, FIRST, before)
+    found = save(clock, made, 600)
+    assert {name in found for name in ("ceiling_s", "slow_rank", "slow_factor")} == {kept}
+    assert found["workers"] == 1
+
+
+def test_the_newest_start_says_what_readers_have(clock: Clock) -> None:
+    last = make_manifest(100, stats=save(clock, start(clock, 20, FIRST, {}), 600))
+    config = Config(train=TrainConfig(validate=ValidateConfig(beside=BesideConfig(cpus=2))))
+
+    def spare(*events: dict[str, Any]) -> Any:
+        begun = [event("submitted", 0, cpus=8.0), event("training", 20), *events]
+        return _placed(begun, config, last.world_size)["spare_cpus"]
+
+    assert spare() == 4  # of 8, two workers and validation beside them leave 4
+    assert spare(event("decided", 20, spare_cpus=12.0)) == 12  # the cluster has grown
 
 
 @pytest.fixture

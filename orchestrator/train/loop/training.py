@@ -91,6 +91,7 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
             strategy=str(job.strategy),
             decode_slots=f"{work.placement.slots}: {work.placement.reason}",
             slots=work.placement.slots,
+            spare_cpus=feeding.spare_cpus(job),
             accumulation=feed.batching.accumulation,
         )
     if hasattr(module, "total_steps"):

@@ -137,10 +137,10 @@ class Clocks(pl.Callback):
         Besides the parts: `step_s`, `wait_s_of_step`, `exchange_s` (seconds of a step of this
         start: in all, for data on the worker that waits longest, for the exchange itself),
         `ceiling_s` (those of a step fed from memory), `slow_rank`, `slow_factor` (the worker that
-        computes longest, and how much longer than the others' median), `saved_at`, `allocated_s`
-        (all that was allocated until then).
+        computes longest, and how much longer than the others' median), `workers` (whose steps
+        these are), `saved_at`, `allocated_s` (all that was allocated until then).
         """
-        carried = {name: value for name, value in self._totals.items() if name in _CARRIED}
+        carried = self._carried()
         if not self._began:
             return {**self._pace.totals, **self._reading, **carried}
         seconds = self._seconds()
@@ -151,6 +151,7 @@ class Clocks(pl.Callback):
         found = {**self._pace.totals, **self._reading, **carried, **to_stats(totals)}
         found["saved_at"] = now = time.time()
         found["allocated_s"] = self._allocated_s + now - self._began_at
+        found["workers"] = len(rows)
         if self._steps:
             found["step_s"] = step_seconds(mean) / self._steps
             found["wait_s_of_step"] = max(each["wait"] for each in parts) / self._steps
@@ -158,6 +159,12 @@ class Clocks(pl.Callback):
         if all(own is not None for _, own, _ in rows):
             found["ceiling_s"] = max(row[1] for row in rows) + min(row[2] for row in rows)
         return {**found, **_slowest([e["forward_backward"] + e["optimizer"] for e in parts])}
+
+    def _carried(self) -> dict[str, float]:
+        """Return what still holds of the start before: its steps were others at another size."""
+        same = self._totals.get("workers") == self._loader.batching.num_workers
+        names = _CARRIED | _OF_STEPS if same else _CARRIED
+        return {name: value for name, value in self._totals.items() if name in names}
 
     @property
     def _reading(self) -> dict[str, float]:
@@ -172,9 +179,9 @@ class Clocks(pl.Callback):
             self.tell("trained", step=step, stats=found)
 
 
-_CARRIED = {
-    "step_s", "wait_s_of_step", "exchange_s", "ceiling_s", "slow_rank", "slow_factor", "saved_at",
-    "allocated_s", *to_stats(from_stats({})),
+_CARRIED = {"saved_at", "allocated_s", *to_stats(from_stats({}))}
+_OF_STEPS = {
+    "step_s", "wait_s_of_step", "exchange_s", "ceiling_s", "slow_rank", "slow_factor", "workers",
 }  # fmt: skip
 
 

@@ -23,7 +23,9 @@ class Measured:
     slots: int
     """Read tasks that run at once."""
     spare_cpus: float
-    """CPUs of the cluster that the workers leave; 0: readers share theirs."""
+    """CPUs of the cluster that the workers, and validation beside them, leave to the readers."""
+    ran_out: bool = False
+    """Whether micro-batches were made smaller than the config asks, for lack of memory."""
 
     @property
     def loop_s(self) -> float:
@@ -64,6 +66,22 @@ class Measured:
     def wait_share(self) -> float:
         """Share of each step in which the worker that waits longest for data does so."""
         return self.of_step("wait_s_of_step", "wait")
+
+    @property
+    def decoding(self) -> float:
+        """Share of the time in which the read tasks decoded."""
+        return self.stats.get("decode_s", 0.0) / (self.slots * self.loop_s)
+
+    @property
+    def sharing(self) -> float:
+        """Share of each step that readers take from the workers' CPUs.
+
+        Where it was not measured: of a CPU that a worker shares with a reader, the kernel gives one
+        that is always busy half.
+        """
+        if not self.shares_cpus:
+            return 0.0
+        return 1 - 1 / self.gain if self.gain else min(1.0, self.decoding) / 2
 
     @property
     def busy(self) -> float:

@@ -55,12 +55,11 @@ def judge(measured: Measured, config: Config) -> Verdict:
 def _shares(m: Measured) -> dict[Kind, float]:
     of_time = {part: m.seconds[part] / m.running_s for part in m.seconds}
     loop = m.loop_s / m.running_s
-    sharing = 1 - 1 / m.gain if m.gain and m.shares_cpus else 0.0
     exchange = m.of_step("exchange_s", "communication")
     waiting_for_others = max(0.0, of_time["communication"] - exchange * loop)
     is_slow = m.stats.get("slow_factor", 1.0) >= _SLOW
     shares: dict[Kind, float] = {
-        "input-bound": max(m.wait_share, sharing) * loop,
+        "input-bound": max(m.wait_share, m.sharing) * loop,
         "communication-bound": exchange * loop + (0 if is_slow else waiting_for_others),
         "slow worker": waiting_for_others if is_slow else 0.0,
         "optimizer-bound": of_time["optimizer"],
@@ -87,14 +86,18 @@ def _rounded(value: float) -> int:
 
 
 def _input(m: Measured, config: Config) -> str:
-    if m.gain and 1 - 1 / m.gain > 2 * m.wait_share and m.wait_share < _WORTH:
-        lost = f"reading takes {_percent(1 - 1 / m.gain)} of each step from the workers' CPUs"
+    if m.sharing > 2 * m.wait_share and m.wait_share < _WORTH:
+        lost = (
+            f"reading takes {_percent(m.sharing)} of each step from the workers' CPUs"
+            if m.gain
+            else f"readers decode {_percent(m.decoding)} of the time on the workers' CPUs"
+        )
     else:
         lost = f"{_percent(m.wait_share)} of each step waits for data"
     faster = (
         f"with data for free this run would be {m.gain:.1f}x faster"
         if m.gain
-        else "how much faster it would be with data for free was not measured in so few steps"
+        else "how much faster it would be with data for free was not measured"
     )
     return f"{lost}; {faster}; {_input_remedy(m)}."
 
@@ -183,12 +186,15 @@ def _validation(m: Measured, config: Config) -> str:
     share = _shares(m)["validation-bound"]
     lost = f"{_percent(share)} of the time goes into validation, while training stands still"
     settings = config.train.validate
-    if settings.beside is None:
+    if settings.beside is None and m.spare_cpus >= 1:
         return f"{lost}; set train.validate.beside from null to {{cpus: 1}}."
     if settings.every_samples:
         to = _rounded(settings.every_samples * min(share / _AIM, 10))
         return f"{lost}; raise train.validate.every_samples from {settings.every_samples} to {to}."
-    return f"{lost}; {_nothing('a smaller split for validation would')}."
+    why = "a smaller split for validation would"
+    if settings.beside is None:
+        why += ", or a CPU more, for train.validate.beside"
+    return f"{lost}; {_nothing(why)}."
 
 
 def _restart(m: Measured, config: Config) -> str:
@@ -210,6 +216,8 @@ def _overhead(m: Measured, config: Config) -> str:
         f"{_percent(_shares(m)['overhead-bound'])} of the time goes into what is done around the "
         "steps (hooks, logging, the trainer's loops)"
     )
+    if m.accumulation > 1 and m.ran_out:
+        return f"{lost}; {_nothing('more memory would, for larger micro-batches')}."
     if m.accumulation > 1:
         size = config.data.max_micro_batch
         return f"{lost}; raise data.max_micro_batch from {size} to {size * m.accumulation}."
@@ -222,8 +230,9 @@ def _compute(m: Measured, config: Config) -> str:
     lost = f"{_percent(share)} of the time is forward and backward, and nothing waits"
     free = m.spare_cpus - math.ceil(m.slots * min(1.0, m.busy))
     more = int(free / max(config.scaling.cpus_per_worker, 1e-9))
-    if not config.scaling.gpus_per_worker and m.spare_cpus >= 1 and more >= 1:
-        return f"{lost}; raise scaling.num_workers from {m.workers} to {m.workers + more}."
+    to = min(m.workers + more, config.data.global_batch)
+    if not config.scaling.gpus_per_worker and m.spare_cpus >= 1 and to > m.workers:
+        return f"{lost}; raise scaling.num_workers from {m.workers} to {to}."
     return f"{lost}; {_nothing('more or faster workers would')}."
 
 

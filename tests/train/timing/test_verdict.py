@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import BesideConfig, CheckpointConfig, Config, TrainConfig, ValidateConfig
+from orchestrator.config import (
+    BesideConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    TrainConfig,
+    ValidateConfig,
+)
 from orchestrator.train.timing.measured import Measured
 from orchestrator.train.timing.timeline import PARTS
 from orchestrator.train.timing.verdict import judge
@@ -76,8 +83,21 @@ def test_reading_that_takes_the_workers_cpus_is_said_though_nothing_waits() -> N
 def test_a_ceiling_that_was_not_measured_is_not_guessed() -> None:
     sentence = say(measured(WAITING))
     assert sentence.startswith("input-bound: 38 % of each step waits for data; how much faster")
-    assert "was not measured in so few steps; decoding is slow: raise" in sentence
+    assert "was not measured; decoding is slow: raise" in sentence
     assert not re.search(r"\dx", sentence)
+
+
+def test_readers_on_the_workers_cpus_are_not_nothing_where_no_ceiling_was_measured() -> None:
+    # As where early stopping ended the run before its last steps.
+    busy = {"decode_s": 162.0, "read_s": 0.0}  # of 2 readers in 90 s
+    assert say(measured(STEADY, stats=busy, spare_cpus=0.0)).startswith(
+        "input-bound: readers decode 90 % of the time on the workers' CPUs; how much faster it "
+        "would be with data for free was not measured; nothing in the config would help: decoding "
+        "is slow and shares the workers' CPUs, of which none is left"
+    )
+    assert say(measured(STEADY, stats=busy)).startswith("compute-bound")  # they have their own
+    reads = {"decode_s": 18.0, "read_s": 170.0}
+    assert say(measured(STEADY, stats=reads, spare_cpus=0.0)).startswith("compute-bound")
 
 
 def test_the_worker_that_waits_longest_counts() -> None:
@@ -168,6 +188,14 @@ def test_slow_validation(settings: dict[str, Any], remedy: str) -> None:
     sentence = say(m, validate=ValidateConfig(**settings))
     lost = "validation-bound: 40 % of the time goes into validation, while training stands still; "
     assert sentence == lost + remedy or sentence.startswith(lost + remedy + " for")
+    full = measured({"forward_backward": 60.0, "validation": 40.0}, spare_cpus=0.5)
+    if settings == {}:  # preflight would refuse a process beside the workers
+        assert say(full).endswith(
+            "nothing in the config would help: a smaller split for validation would, or a CPU "
+            "more, for train.validate.beside."
+        )
+    elif "beside" not in settings:
+        assert say(full, validate=ValidateConfig(**settings)).endswith("from 100 to 1000.")
 
 
 def test_restarts() -> None:
@@ -187,14 +215,19 @@ def test_what_is_done_around_the_steps() -> None:
         "raise data.max_micro_batch from 64 to 256."
     )
     assert "nothing in the config would help" in say(measured(seconds))
+    short = measured(seconds, accumulation=4, ran_out=True)
+    assert "nothing in the config would help: more memory would" in say(short)
 
 
 def test_where_nothing_waits_the_model_is_the_limit() -> None:
-    assert say(measured(STEADY, spare_cpus=0.0)) == (
+    free = {"step_s": 1.0, "wait_s_of_step": 0.0, "ceiling_s": 1.0}
+    assert say(measured(STEADY, stats=free, spare_cpus=0.0)) == (
         "compute-bound: 100 % of the time is forward and backward, and nothing waits; nothing in "
         "the config would help: more or faster workers would."
     )
     assert say(measured(STEADY, spare_cpus=6.0)).endswith("raise scaling.num_workers from 4 to 8.")
+    few = Config(data=DataConfig(global_batch=6))
+    assert judge(measured(STEADY), few).sentence.endswith("num_workers from 4 to 6.")
     slightly = measured({"forward_backward": 91.0, "wait": 9.0})
     assert say(slightly).startswith("compute-bound: 91 %")
 
