@@ -1,15 +1,23 @@
 """Driver side: connect to the Ray cluster this process belongs to, or start one on this machine."""
 
 import contextlib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util import placement_group_table
 
 from orchestrator.config import UserError
+
+# Of Ray 2.60: `DEBUG_AUTOSCALING_STATUS` of ray/_private/ray_constants.py, and
+# `format_readonly_node_type` of ray/autoscaler/_private/util.py.
+_STATUS_KEY = "__autoscaling_status"
+_TYPE_OF_ITS_OWN = re.compile("node_[0-9a-f]{56}")
 
 
 def connect(*, verbose: bool = False) -> None:
@@ -32,12 +40,19 @@ def connect(*, verbose: bool = False) -> None:
 
 
 def may_grow() -> bool:
-    """Return whether the connected cluster might add nodes: one that `RAY_ADDRESS` names might.
+    """Return whether the connected cluster might add nodes: one that `RAY_ADDRESS` names might."""
+    return bool(os.environ.get("RAY_ADDRESS")) and has_autoscaler(_internal_kv_get(_STATUS_KEY))
 
-    Whether it has an autoscaler, and how far that goes, Ray 2.60 tells nobody: the key that
-    `get_cluster_config` reads is never written by its open-source autoscaler.
+
+def has_autoscaler(status: bytes | None) -> bool:
+    """Return whether a cluster has an autoscaler, by what its monitor last said of it.
+
+    Without the config of an autoscaler it takes each node to be of a type of its own, named after
+    the node. A monitor that says nothing may be one of KubeRay that starts up.
     """
-    return bool(os.environ.get("RAY_ADDRESS"))
+    report = json.loads(status or b"{}").get("autoscaler_report") or {}
+    types = report.get("active_nodes") or {}
+    return not types or not all(_TYPE_OF_ITS_OWN.fullmatch(name) for name in types)
 
 
 def groups_of_job() -> set[str]:

@@ -93,13 +93,18 @@ def test_a_submitted_job_trains_and_none_gets_in_without_the_token(
     assert not (tmp_path / "runs").exists()
     assert "submission_id" not in cluster.jobs()
 
+    status, output = cluster.submit(*job, "--scaling.num_workers=9")
+    assert status != 0, output
+    assert "scaling.num_workers=9 needs 9 CPUs but this cluster has 3" in output, output
+    assert not (tmp_path / "runs").exists()
+
     status, output = cluster.submit(*job)
     assert status == 0, output
     assert "succeeded" in output
     run = f"{tmp_path}/runs/digits"
     assert f"report: {run}/report.html" in output, "the job's own lines are followed"
     assert "epoch 2: val_loss" in output
-    assert cluster.jobs().count("submission_id") == 1
+    assert cluster.jobs().count("submission_id") == 2
     result = read_result(run)
     assert result is not None
     assert (result["stop_reason"], result["samples_seen"]) == ("max_epochs", 320)
