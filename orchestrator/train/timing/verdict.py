@@ -228,6 +228,9 @@ def _overhead(m: Measured, config: Config) -> str:
 def _compute(m: Measured, config: Config) -> str:
     share = m.seconds["forward_backward"] / m.running_s
     lost = f"{_percent(share)} of the time is forward and backward, and nothing waits"
+    if m.strategy.startswith("zero") and m.workers > 1 and config.scaling.gpus_per_worker:
+        # See exchange.py.
+        lost += " but what they exchange, which is not told apart on GPUs under ZeRO"
     free = m.spare_cpus - math.ceil(m.slots * min(1.0, m.busy))
     more = int(free / max(config.scaling.cpus_per_worker, 1e-9))
     to = min(m.workers + more, config.data.global_batch)

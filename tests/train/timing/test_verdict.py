@@ -11,6 +11,7 @@ from orchestrator.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    ScalingConfig,
     TrainConfig,
     ValidateConfig,
 )
@@ -230,6 +231,14 @@ def test_where_nothing_waits_the_model_is_the_limit() -> None:
     assert judge(measured(STEADY), few).sentence.endswith("num_workers from 4 to 6.")
     slightly = measured({"forward_backward": 91.0, "wait": 9.0})
     assert say(slightly).startswith("compute-bound: 91 %")
+
+
+def test_an_exchange_that_is_not_measured_is_not_called_nothing() -> None:
+    gpus = Config(scaling=ScalingConfig(num_workers=4, gpus_per_worker=1))
+    hidden = "nothing waits but what they exchange, which is not told apart on GPUs under ZeRO; "
+    assert hidden in judge(measured(STEADY, strategy="zero2"), gpus).sentence
+    assert hidden not in judge(measured(STEADY, strategy="ddp"), gpus).sentence
+    assert hidden not in judge(measured(STEADY, strategy="zero2"), Config()).sentence
 
 
 def test_the_largest_loss_is_named() -> None:
