@@ -117,20 +117,13 @@ def fit(
     run = run_uri(config)
     if preflight.is_finished(config, run):
         return RunResult(run, result_of(run, config))
-    startup.mark("checks")
-    cluster.connect(verbose=verbose)
-    startup.mark("ray")
-    resources = preflight.cluster_resources()
-    preflight.check_resources(config, resources, may_grow=cluster.may_grow())
-    _check_memory(config, share=share)
-    # From here on something is written.
     with lease.held(run) as mine:
         return _fit(
             config,
             strategy,
             run,
             mine,
-            resources=resources,
+            verbose=verbose,
             callbacks=callbacks,
             show=show,
             share=share,
@@ -144,12 +137,18 @@ def _fit(
     run: str,
     mine: Lease,
     *,
-    resources: preflight.Resources,
+    verbose: bool,
     callbacks: Sequence[ray.train.UserCallback],
     show: bool,
     share: int,
     startup: Startup,
 ) -> RunResult:
+    startup.mark("checks")
+    cluster.connect(verbose=verbose)
+    startup.mark("ray")
+    resources = preflight.cluster_resources()
+    preflight.check_resources(config, resources, may_grow=cluster.may_grow())
+    _check_memory(config, share=share)
     open_run(config)
     workers = config.scaling.num_workers  # a list where it is elastic
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)

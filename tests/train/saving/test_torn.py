@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import pytorch_lightning as pl
 import saves
+import torch
 from packed import write_packed
 
 from orchestrator.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from orchestrator.overrides import identity
 from orchestrator.run import append_event, check_same_run, open_run, read_events, write_result
 from orchestrator.train.launch import fit
 from orchestrator.train.saving import checkpoint
@@ -31,6 +34,16 @@ def tear(path: Path, damage: str) -> None:
 damages = pytest.mark.parametrize("damage", ["empty", "half", "flip"])
 
 
+class Saved(pl.LightningModule):
+    """A module of the state that `saves` saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Module()
+        self.net.register_buffer("weight", torch.zeros(64))
+        self.net.register_buffer("bias", torch.zeros(3))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     """A finished run of 10 samples, as its folder lies there; nothing of Ray ran."""
@@ -40,11 +53,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
         name="run",
         storage_path=str(folder),
         data=DataConfig(index=index.uri, global_batch=saves.WORKERS),
-        model=ModelConfig(class_path="modules.UserModule"),
+        model=ModelConfig(class_path=f"{__name__}.Saved"),
         train=TrainConfig(max_epochs=1),
     )
     run = open_run(config)
-    saves.train(run, steps=STEPS, every=2, epoch=1, index_digest=index.digest)
+    of_run = {"index_digest": index.digest, "settings": identity(config)}
+    saves.train(run, steps=STEPS, every=2, epoch=1, **of_run)
     append_event(run, "finished")
     write_result(run, {"stop_reason": "max_epochs", "steps": STEPS})
     return config, Path(run)
