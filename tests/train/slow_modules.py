@@ -2,14 +2,22 @@
 
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from deepspeed.comm import comm
 from torch import nn
 from torch.nn import functional
 
 DELAY_S = 0.02
+# What `slow` names -> what of DeepSpeed's collectives it is.
+COLLECTIVES = {
+    "collectives": ("all_reduce",),
+    "gather": ("all_gather", "all_gather_into_tensor"),
+    "scatter": ("reduce_scatter", "reduce_scatter_tensor"),
+}
 
 
 class Slow(pl.LightningModule):
@@ -21,8 +29,11 @@ class Slow(pl.LightningModule):
         self.slow = slow
 
     def setup(self, stage: str) -> None:
-        if self.slow == "collectives":
-            _slow_down_deepspeed()
+        self._quick = _slow_down_deepspeed(COLLECTIVES.get(self.slow, ()))
+
+    def teardown(self, stage: str) -> None:
+        for name, call in self._quick.items():
+            setattr(comm.cdb, name, call)
 
     def on_train_start(self) -> None:
         if self.slow == "exchange":
@@ -79,13 +90,17 @@ def _late(
     return late
 
 
-def _slow_down_deepspeed() -> None:
-    from deepspeed.comm import comm
+def _slow_down_deepspeed(names: Iterable[str]) -> dict[str, Any]:
+    """Let collectives begin later; return them as they were."""
+    quick = {name: getattr(comm.cdb, name) for name in names}
+    for name, call in quick.items():
+        setattr(comm.cdb, name, _later(call))
+    return quick
 
-    call = comm.cdb.all_reduce
 
+def _later(call: Any) -> Any:
     def slow(*args: Any, **kwargs: Any) -> Any:
         time.sleep(DELAY_S)
         return call(*args, **kwargs)
 
-    comm.cdb.all_reduce = slow
+    return slow

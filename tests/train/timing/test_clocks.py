@@ -38,6 +38,8 @@ SLOW: dict[str, tuple[dict[str, Any], str]] = {
     "worker": ({}, "slow worker: worker 1 computes "),
     "exchange": ({}, "communication-bound: "),
     "collectives": ({"strategy": "zero2"}, "communication-bound: "),
+    "gather": ({"strategy": "zero3"}, "communication-bound: "),
+    "scatter": ({"strategy": "zero3"}, "communication-bound: "),
     "optimizer": ({}, "optimizer-bound: "),
     "checkpoint": ({"checkpoint": CheckpointConfig(every_steps=1)}, "checkpoint-bound: "),
     "validation": ({}, "validation-bound: "),
@@ -151,7 +153,8 @@ def test_slow_parts_are_measured(starts: dict[str, Start]) -> None:
     assert times["worker"]["forward_backward"] >= least  # the mean of 2 * least and nothing
     assert times["worker"]["communication"] >= 0.8 * least  # the other waits for it
     assert times["exchange"]["communication"] >= 0.9 * least  # the last step's is not known
-    assert times["collectives"]["communication"] >= least
+    for slow in ("collectives", "gather", "scatter"):
+        assert times[slow]["communication"] >= least
     assert times["optimizer"]["optimizer"] >= least
     assert times["checkpoint"]["checkpoint"] >= least
     assert times["validation"]["validation"] >= 25 * DELAY_S
