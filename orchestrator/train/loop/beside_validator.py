@@ -81,7 +81,9 @@ class BesideValidator(Judge):
             return
         recorder.add_bad(outcome.bad)
         self.judge(trainer, step, outcome.metrics)
-        recorder.complete(step, outcome.metrics)
+        # Its standing counts this verdict now, and all before it: a resume must not ask again.
+        done = recorder.standing.done
+        recorder.complete(step, outcome.metrics, done=done, pending=())
         self.report(outcome.metrics, step=step, done="")
 
     def _note_process(self, outcome: Outcome) -> None:

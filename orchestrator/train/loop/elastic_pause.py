@@ -90,6 +90,8 @@ class PauseAtNotice(pl.callbacks.Checkpoint):
         assert current is not None
         if not current.ends_step or recorder.step >= self._loader.batching.num_steps:
             return
+        if trainer.should_stop:
+            return  # the run ends with a commit of this step
         # A validation may open readers on worker 0's node, which takes none while it is drained.
         now = recorder.timetable.is_due(recorder.step)
         if now and self._watch is not None:

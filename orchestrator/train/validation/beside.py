@@ -190,7 +190,7 @@ def settle(run: str, config: Config, handle: Any, board: Any) -> None:
         rows += _rows(by_step[outcome.step], outcome.metrics)
         metrics, record = outcome.metrics, standing.record(rule)
         if outcome.step != last.step:
-            checkpoint.amend(run, outcome.step, metrics=metrics, stopping=record)
+            checkpoint.amend(run, outcome.step, metrics=metrics, stopping=record, pending=())
         else:
             last = dataclasses.replace(last, metrics=metrics)
     _add_rows(run, rows)

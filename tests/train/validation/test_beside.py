@@ -171,11 +171,12 @@ def test_a_validation_that_hangs_is_done_by_another_process(
 class Slow(Questions):
     """Answers each question after some looks, in the order asked; nothing improves after step 9."""
 
-    def __init__(self) -> None:
+    def __init__(self, looks: int) -> None:
+        self._looks = looks
         self._left: list[tuple[int, int]] = []
 
     def ask(self, step: int) -> None:
-        self._left.append((step, 4))
+        self._left.append((step, self._looks))
 
     def take(self, timeout_s: float | None = 0.0) -> list[Outcome]:
         self._left = [(step, looks - 1) for step, looks in self._left]
@@ -192,11 +193,27 @@ class Slow(Questions):
 class Unheard(BesideValidator):
     """Reports to nobody: Ray Train is not there."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__(recorder, Slow())
+    def __init__(self, recorder: Recorder, looks: int = 4) -> None:
+        super().__init__(recorder, Slow(looks))
 
     def report(self, *_: Any, **__: Any) -> None:
         pass
+
+
+class Prompt(Unheard):
+    """Hears a verdict at the step after it has asked."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__(recorder, looks=1)
+
+
+class KilledAtTheEnd(Prompt):
+    """Ends in front of the last commit."""
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        if self._recorder.standing.done:
+            raise KeyError("killed")
+        super().on_train_epoch_end(*_)
 
 
 def test_verdicts_come_late_and_count_in_the_order_of_their_steps(tmp_path: Path) -> None:
@@ -224,6 +241,40 @@ def test_verdicts_come_late_and_count_in_the_order_of_their_steps(tmp_path: Path
     assert skipped.isdisjoint({step for step, _ in rows})
     (stop,) = (e for e in events if e["event"] == "stopping")
     assert stop["step"] < stop["at_step"] == last.step
+
+
+def prompt_start(folder: Path, validator: type[Prompt], *, patience: int) -> Start:
+    """Return a start that commits at validations only, and that gets no better after step 7.
+
+    Steps 5, 7, 10, 14, ... are validated, the first in vain.
+    """
+    config = make_config(folder, "run", "UserModule", num_classes=3)
+    train = dataclasses.replace(
+        config.train,
+        early_stopping=EarlyStoppingConfig(mode="max", patience=patience),
+        checkpoint=CheckpointConfig(every_seconds=None),
+    )
+    config = dataclasses.replace(config, train=train)
+    (folder / "run").mkdir()
+    return Start(run=str(folder / "run"), config=config, validator=validator)
+
+
+def test_a_verdict_that_a_checkpoint_holds_counts_once_after_a_kill(tmp_path: Path) -> None:
+    start = prompt_start(tmp_path, Prompt, patience=2)
+    bare.train(1, dataclasses.replace(start, stop_after=12))
+    last = checkpoint.list_manifests(start.run)[-1]
+    assert (last.step, last.pending, last.done) == (10, (), "")
+    assert (last.stopping["validations"], last.stopping["waited"]) == (2, 1)
+    bare.train(1, dataclasses.replace(start, stop_after=2))
+    assert checkpoint.list_manifests(start.run)[-1].stopping == last.stopping
+    assert [step for step, _ in validated(start.run)] == [7, 10]
+
+
+def test_a_run_that_is_killed_after_the_verdict_that_stops_it_has_ended(tmp_path: Path) -> None:
+    start = prompt_start(tmp_path, KilledAtTheEnd, patience=1)
+    bare.train(1, dataclasses.replace(start, stop_after=99))
+    last = checkpoint.list_manifests(start.run)[-1]
+    assert (last.step, last.done, last.stopping["waited"]) == (10, "converged", 1)
 
 
 def test_a_checkpoint_whose_verdict_is_out_is_not_pruned(tmp_path: Path) -> None:
