@@ -1,7 +1,6 @@
 """Driver side: everything about a run that can be wrong is found here, before anything starts."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +14,10 @@ from orchestrator.data.index import Index
 from orchestrator.data.sources import read_data, verify_data
 from orchestrator.train import model
 from orchestrator.train.logs import loggers
-from orchestrator.train.module import CLASSIFIER_METRICS, ImageClassifier, check_label_kind
+from orchestrator.train.module import ImageClassifier, check_label_kind
 from orchestrator.train.recovery import elastic
 from orchestrator.train.saving import checkpoint
-from orchestrator.train.validation import beside
+from orchestrator.train.validation import beside, monitor
 
 
 def check_config(config: Config) -> None:
@@ -147,29 +146,18 @@ def check_model(config: Config, index: Index) -> None:
     """Import the model's class and hold its arguments against its constructor.
 
     Raises:
-        UserError: the class does not import or does not take the arguments.
+        UserError: the class does not import, does not take the arguments, or does not validate
+            what early stopping watches.
     """
     model.refuse_second_lightning()
     model.init_args(config.model, num_classes=len(index.classes))
     loggers.check_loggers(config)
+    monitor.check(config)
     if issubclass(model.find_class(config.model.class_path), ImageClassifier):
         check_label_kind(index.label_kind)
-        _check_monitor(config)
         # It reads nothing but its arguments, so it can be tried without allocating weights.
         with torch.device("meta"):
             model.build(config.model, num_classes=len(index.classes))
-
-
-def _check_monitor(config: Config) -> None:
-    """Hold early stopping against what `ImageClassifier` logs; other modules log anything."""
-    rule, found = config.train.early_stopping, model.find_class(config.model.class_path)
-    if rule is not None and found is ImageClassifier and rule.monitor not in CLASSIFIER_METRICS:
-        near = difflib.get_close_matches(rule.monitor, CLASSIFIER_METRICS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "name one of them."
-        raise UserError(
-            f"train.early_stopping.monitor={rule.monitor!r} is never logged: ImageClassifier logs "
-            f"{', '.join(CLASSIFIER_METRICS)}; {hint}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,9 +61,9 @@ class BesideValidator(Judge):
         self._ask()
 
     def _hear(self, trainer: pl.Trainer) -> None:
-        if not self._recorder.pending:
-            return
         step, agree = self._recorder.step, trainer.strategy.broadcast
+        if not self._recorder.pending or step >= self._recorder.place.batching.num_steps:
+            return
         heard = cast(tuple[Outcome, ...] | None, self._looks.hear(step, self._see, agree))
         for outcome in heard or ():
             self._take(trainer, outcome)
@@ -73,18 +73,22 @@ class BesideValidator(Judge):
 
     def _take(self, trainer: pl.Trainer, outcome: Outcome) -> None:
         recorder, step = self._recorder, outcome.step
-        recorder.pending = tuple(s for s in recorder.pending if s != step)
         self._note_process(outcome)
         if outcome.failed:
+            self._heard(step)
             self.say(f"the validation of step {step} failed: {outcome.failed}")
             self.tell("validation_failed", step=step, error=outcome.failed)
             return
         recorder.add_bad(outcome.bad)
         self.judge(trainer, step, outcome.metrics)
+        self._heard(step)  # not before: what it commits where it raises still waits for the step
         # Its standing counts this verdict now, and all before it: a resume must not ask again.
         done = recorder.standing.done
         recorder.complete(step, outcome.metrics, done=done, pending=())
         self.report(outcome.metrics, step=step, done="")
+
+    def _heard(self, step: int) -> None:
+        self._recorder.pending = tuple(s for s in self._recorder.pending if s != step)
 
     def _note_process(self, outcome: Outcome) -> None:
         if self._pids and outcome.pid and outcome.pid not in self._pids:

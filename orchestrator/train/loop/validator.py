@@ -58,6 +58,8 @@ class Judge(pl.callbacks.Checkpoint):
         """
         if self._rule is None:
             return
+        if self._rule.monitor not in metrics:
+            self._keep(trainer, metrics if step == self._recorder.step else {})
         check_monitor(self._rule, metrics)
         recorder, before = self._recorder, self._recorder.standing
         after = before.judge(self._rule, step=step, value=metrics[self._rule.monitor])
@@ -68,6 +70,14 @@ class Judge(pl.callbacks.Checkpoint):
             self.say(f"{after.done}: {after.reason}")
             said = {"done": after.done, "reason": after.reason, "best_step": after.best_step}
             self.tell("stopping", step=step, at_step=recorder.step, **said)
+
+    def _keep(self, trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+        """Commit the steps so far: a start with another monitor validates here again."""
+        recorder, done = self._recorder, self.done(trainer)
+        if recorder.owes_validation or self.is_saved():
+            return
+        recorder.commit(trainer, metrics=dict(metrics) if done else {}, done=done, must=True)
+        recorder.committer.finish()
 
     def done(self, trainer: pl.Trainer) -> str:
         """Return why the run ends after this step, or an empty string."""
