@@ -41,6 +41,7 @@ from orchestrator.train.strategies.capacity import Memory, check_memory
 from orchestrator.train.strategies.choice import Choice
 from orchestrator.train.timing.startup import Startup
 from orchestrator.train.validation import beside
+from orchestrator.train.validation.settle import settle
 
 ERROR_FILE = "error.txt"
 # Environment variable; see `Job.resize_every_s`.
@@ -152,7 +153,7 @@ def _fit(
     open_run(config)
     workers = config.scaling.num_workers  # a list where it is elastic
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
-    with _board(show=show) as board, beside.process(run, config) as validation:
+    with _board(show=show) as board, beside.process(run, config, board) as apart:
         waiting = preflight.describe_waiting(config, resources)
         if waiting:
             board.say.remote(waiting)
@@ -167,12 +168,12 @@ def _fit(
             import_paths=cluster.import_paths(),
             resize_every_s=float(os.environ.get(RESIZE_EVERY, Job.resize_every_s)),
             startup=startup,
-            validation=validation,
+            validation=apart.handle if apart else None,
         )
         with _closed_where_it_diverged(run, config), _explained(config, run, mine):
             if not preflight.is_trained(config, run):
                 fit_again(job, mine, lambda now: _run_trainer(now, callbacks=callbacks))
-        beside.settle(run, config, validation, board)
+        settle(run, config, apart, board)
     return RunResult(run, close_run(run, config))
 
 

@@ -92,6 +92,7 @@ def _result(run: str, config: Config, *, now: float) -> dict[str, Any]:
         "best": {**best.metrics, "step": best.step, "epoch": best.epoch},
         "final": last.metrics,
         "early_stopping": _stopping(last),
+        "validations_missing": list(last.pending),
         "validations_skipped": sum(event["event"] == "validation_skipped" for event in events),
         "images_per_s": last.position / train_s,
         "data_wait_share": last.stats["wait_s"] / train_s,

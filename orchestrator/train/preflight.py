@@ -17,7 +17,7 @@ from orchestrator.train.logs import loggers
 from orchestrator.train.module import ImageClassifier, check_label_kind
 from orchestrator.train.recovery import elastic
 from orchestrator.train.saving import checkpoint
-from orchestrator.train.validation import beside, monitor
+from orchestrator.train.validation import monitor
 
 
 def check_config(config: Config) -> None:
@@ -198,7 +198,7 @@ def check_resources(config: Config, found: Resources, *, may_grow: bool) -> None
             )
     _check_nodes(scaling, found.nodes, may_grow=may_grow)
     if not may_grow:
-        beside.check_room(config, cpus=found.cpus, gpus=found.gpus)
+        _check_beside(config, found.nodes)
 
 
 def _check_nodes(
@@ -217,6 +217,26 @@ def _check_nodes(
         f"{key}={each:g}: the {len(nodes)} nodes of this cluster hold {fits} workers, fewer than "
         f"scaling.num_workers={scaling.min_workers}, the largest having {largest:g} {kind}s; lower "
         "one of the two."
+    )
+
+
+def _check_beside(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Look for a node that holds the process that validates, and leaves room for the workers."""
+    beside, scaling = config.train.validate.beside, config.scaling
+    if beside is None or not nodes:
+        return
+    own = {"CPU": beside.cpus, "GPU": beside.gpus}
+    named = {str(i): node for i, node in enumerate(nodes)}
+    for name, node in named.items():
+        place = elastic.Group("validation", ((name, own),))
+        fits = all(node.get(kind, 0) >= amount for kind, amount in own.items())
+        if fits and elastic.room(named, [place], scaling) >= scaling.min_workers:
+            return
+    each = f"{scaling.cpus_per_worker:g} CPUs and {scaling.gpus_per_worker:g} GPUs"
+    raise UserError(
+        f"train.validate.beside={{cpus: {beside.cpus:g}, gpus: {beside.gpus:g}}} finds no place on "
+        f"any of this cluster's {len(nodes)} nodes beside {scaling.min_workers} workers of {each} "
+        "each; lower one of the two, add nodes, or set train.validate.beside to null."
     )
 
 

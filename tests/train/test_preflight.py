@@ -101,3 +101,32 @@ def test_a_metric_that_the_classifier_never_logs_is_refused_at_once(
     train = TrainConfig(early_stopping=EarlyStoppingConfig(monitor="val_los"))
     with pytest.raises(UserError, match=r"'val_los' is never logged.* did you mean 'val_loss'\?"):
         preflight.check_model(dataclasses.replace(config, train=train), index)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fits"),
+    [
+        ([4], True),
+        ([3], False),
+        ([1, 1, 1, 1], False),  # the process is not spread over two nodes
+        ([2, 1, 1], True),
+        ([2, 2], True),
+        ([3, 0.5], False),
+    ],
+)
+def test_validation_beside_the_workers_needs_a_node_with_room(
+    index: Index, tmp_path: Path, nodes: list[float], fits: bool
+) -> None:
+    config = make_config(index, tmp_path, max_epochs=1)
+    train = dataclasses.replace(
+        config.train, validate=ValidateConfig(beside=BesideConfig(cpus=2, gpus=0))
+    )
+    scaling = dataclasses.replace(config.scaling, num_workers=2)
+    config = dataclasses.replace(config, train=train, scaling=scaling)
+    found = Resources(cpus=sum(nodes), gpus=0, nodes=tuple({"CPU": n} for n in nodes))
+    preflight.check_resources(config, found, may_grow=True)
+    if fits:
+        preflight.check_resources(config, found, may_grow=False)
+        return
+    with pytest.raises(UserError, match=r"beside=\{cpus: 2, gpus: 0\} finds no place on any of"):
+        preflight.check_resources(config, found, may_grow=False)

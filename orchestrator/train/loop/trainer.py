@@ -82,9 +82,7 @@ def build_trainer(
     # After the recorder, which counts the step that it is asked about.
     beside = job.validation
     callbacks.append(
-        BesideValidator(recorder, Questions(beside, limit_s=config.train.hang_timeout_s))
-        if beside
-        else Validator(recorder)
+        BesideValidator(recorder, Questions(beside)) if beside else Validator(recorder)
     )
     # The first: what the others do in a hook is no longer forward and backward.
     callbacks.insert(0, recorder.clocks)

@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -25,26 +25,33 @@ from orchestrator.train.strategies.precision import lightning_precision
 
 
 class _Watch(pl.Callback):
-    """Notes validation images that could not be decoded."""
+    """Notes validation images that could not be decoded, and that batches end."""
 
-    def __init__(self, loader: Loader, epoch: int) -> None:
+    def __init__(self, loader: Loader, epoch: int, note: Callable[[], None]) -> None:
         self._loader = loader
         self._epoch = epoch
+        self._note = note
         self.bad: list[dict[str, Any]] = []
 
     def on_validation_batch_end(self, *_: Any) -> None:
+        self._note()
         assert self._loader.current is not None
         bad = self._loader.current.batch.bad
         self.bad += [{**entry, "epoch": self._epoch} for entry in bad]
 
 
 def validate(
-    run: str, config: Config, beside: BesideConfig, manifest: Manifest
+    run: str,
+    config: Config,
+    beside: BesideConfig,
+    manifest: Manifest,
+    *,
+    note: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Return what the module's validation logs with a checkpoint's weights, and the bad images.
 
     Every image of the split once, in one process: where the workers in line would average over
-    their shares, this is the same mean.
+    their shares, this is the same mean. `note` is called after each batch.
 
     Raises:
         CheckpointError: a file of it is missing or damaged.
@@ -59,7 +66,7 @@ def validate(
         checkpoint.fetch(run, manifest, folder)
         state.load_module(module, folder)
     loader = _open_loader(config, device, threads)
-    watch = _Watch(loader, manifest.epoch)
+    watch = _Watch(loader, manifest.epoch, note)
     trainer = pl.Trainer(
         accelerator=device.type,
         devices=1,

@@ -24,7 +24,6 @@ from orchestrator.config import (
     ModelConfig,
     ScalingConfig,
     TrainConfig,
-    UserError,
     ValidateConfig,
 )
 from orchestrator.run import RESULT_FILE, read_events
@@ -32,8 +31,8 @@ from orchestrator.train.launch import RunResult, fit
 from orchestrator.train.loop.beside_validator import BesideValidator
 from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.saving import checkpoint
-from orchestrator.train.validation import beside, replica
-from orchestrator.train.validation.beside import Outcome, Questions
+from orchestrator.train.validation import replica
+from orchestrator.train.validation.beside import Outcome, Questions, ValidationProcess
 
 
 def make_config(folder: Path, name: str, module: str, **init_args: Any) -> Config:
@@ -146,26 +145,32 @@ def test_a_validation_that_hangs_is_done_by_another_process(
     three_cpus: None, tmp_path: Path
 ) -> None:
     # Here, so that it travels by value: its process does not find this file.
-    class HangsOnce:
+    class HangsOnce(ValidationProcess):
         """Answers, but for one question, which it first hangs at."""
 
-        def __init__(self, marker: str) -> None:
-            self._marker = Path(marker)
-
-        def validate(self, step: int) -> Outcome:
-            if step == 4 and not self._marker.exists():
-                self._marker.touch()
-                time.sleep(600)
+        def _validate(self, step: int) -> Outcome:
+            with self._watched():
+                if step == 4 and not self._marker.exists():
+                    self._marker.touch()
+                    time.sleep(600)
             return Outcome(step=step, metrics={"val_loss": step / 10}, pid=os.getpid())
 
+        @property
+        def _marker(self) -> Path:
+            return Path(self._run) / "marker"
+
+    config = make_config(tmp_path, "run", "UserModule", num_classes=3)
+    train = dataclasses.replace(config.train, hang_timeout_s=0.1)
+    config = dataclasses.replace(config, train=train)
     process = ray.remote(HangsOnce).options(num_cpus=0, max_restarts=-1, max_task_retries=2)
-    questions = Questions(process.remote(str(tmp_path / "marker")), limit_s=1.0)
+    questions = Questions(process.remote(str(tmp_path), config, BesideConfig(), []))
     assert questions.take() == []
     for step in (2, 4, 6):
         questions.ask(step)
-    found = list(questions.wait())
+    found = [questions.take(timeout_s=60)[0] for _ in range(3)]
     assert [(o.step, o.metrics["val_loss"]) for o in found] == [(2, 0.2), (4, 0.4), (6, 0.6)]
     assert len({o.pid for o in found}) == 2
+    assert questions.out == ()
 
 
 class Slow(Questions):
@@ -285,14 +290,3 @@ def test_a_checkpoint_whose_verdict_is_out_is_not_pruned(tmp_path: Path) -> None
     assert [m.step for m in checkpoint.list_manifests(run)] == [4, 8]
     checkpoint.amend(run, 4, metrics={"val_loss": 0.5})
     assert checkpoint.list_manifests(run)[0].metrics == {"val_loss": 0.5}
-
-
-def test_no_room_beside_the_workers_is_said_before_anything_starts(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "run", "UserModule", num_classes=3)
-    beside.check_room(config, cpus=3, gpus=0)
-    with pytest.raises(UserError, match=r"train\.validate\.beside\.cpus=1 does not fit .* 2 work"):
-        beside.check_room(config, cpus=2, gpus=0)
-    validate = ValidateConfig(beside=BesideConfig(cpus=1, gpus=1))
-    train = dataclasses.replace(config.train, validate=validate)
-    with pytest.raises(UserError, match=r"train\.validate\.beside\.gpus=1 does not fit"):
-        beside.check_room(dataclasses.replace(config, train=train), cpus=3, gpus=0)
