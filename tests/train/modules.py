@@ -127,6 +127,16 @@ class Slow(UserModule):
         return super().training_step(batch, batch_idx)
 
 
+class ValidatesSlowly(Slow):
+    """Takes its time for a batch of a validation, too, and leaves "validating" there."""
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        (self.folder / "validating").touch()
+        if not (self.folder / "fast").exists():
+            time.sleep(1.0)
+        super().validation_step(batch, batch_idx)
+
+
 class NeverImproves(UserModule):
     """Its validation loss only grows."""
 

@@ -60,6 +60,8 @@ class PauseAtNotice(pl.callbacks.Checkpoint):
         self._scaling = scaling
         self._resize_every_s = resize_every_s
         self._watch: Watch | None = None
+        self._look: _Look | None = None
+        self._cut: Notice | None = None
         self._said_slow = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -104,6 +106,43 @@ class PauseAtNotice(pl.callbacks.Checkpoint):
             self._save_more_often(notice)
         else:
             self._pause(trainer, notice)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count batches, of which all workers have equally many."""
+        self._looks_between = Looks(step=0)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """End the validation if worker 0 has seen that a node goes: the next start validates."""
+        if self._recorder.step >= self._loader.batching.num_steps:
+            return  # there is no next start: the run ends with this validation
+        agree = trainer.strategy.broadcast
+        self._cut = self._looks_between.hear(batch_idx + 1, self._see_drained, agree)
+        if self._cut is not None:
+            self._recorder.cut_short = True
+            # Lightning 2.6.6 ends its loop here and calls the hooks of its end, where averaged
+            # weights (EMA) are swapped back for those that are saved.
+            raise StopIteration
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop if the validation was ended.
+
+        Raises:
+            Paused: on all workers, once the step in front of it is committed.
+        """
+        if self._cut is not None:
+            self._pause(trainer, self._cut)
+
+    def _see_drained(self) -> Notice | None:
+        seen = None if self._watch is None else self._watch.notice
+        return seen if seen is not None and seen.reason == "preempted" else None
 
     def _see(self) -> Notice | None:
         """Return what worker 0 has to say; None on all others."""

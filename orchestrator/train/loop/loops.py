@@ -134,6 +134,8 @@ class Plateaus(pl.callbacks.Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Update those that watch steps; after a resume in front of it, also the epoch's."""
+        if self._recorder.cut_short:
+            return
         self._loop.update_plateaus("step", trainer.global_step)
         recorder = self._recorder
         if recorder.owes_validation and recorder.place.ends_epoch(recorder.step):

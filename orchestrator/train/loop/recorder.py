@@ -71,6 +71,8 @@ class Recorder(pl.callbacks.Checkpoint):
         """What early stopping has seen; whoever validates brings it up to date."""
         self.pending = manifest.pending if manifest else ()
         """Steps of checkpoints whose validation beside training has no result yet."""
+        self.cut_short = False
+        """The validation under way is ended at a notice: what it says is of some images only."""
         self.metrics = Metrics(resumed[1] if resumed else None)
         self._tally = Tally(max_bad_fraction=self._config.data.max_bad_fraction)
         self._poster = Poster(facts, loader.batching, self.pace)

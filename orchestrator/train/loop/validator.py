@@ -164,6 +164,8 @@ class Validator(Judge):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge; commit at once, except where Lightning's epoch ends with this step, too."""
+        if self._recorder.cut_short:
+            return
         self._validated = self._recorder.step
         self.judge(trainer, self._validated, self.logged(trainer))
         recorder = self._recorder
