@@ -9,7 +9,7 @@ from orchestrator.data.index import Index
 from orchestrator.data.source import Placement
 from orchestrator.run import read_events, run_uri
 from orchestrator.train import preflight
-from orchestrator.train.recovery.notice import NOTICE_MARGIN, NOTICE_S
+from orchestrator.train.recovery.notice import NOTICE_MARGIN, NOTICE_S, Interval
 from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.capacity import held_by_reading
 from orchestrator.train.strategies.memory import in_words
@@ -96,10 +96,10 @@ def _slow_save(config: Config) -> str:
     said = [event for event in read_events(run_uri(config)) if event["event"] == "slow_save"]
     if not said:
         return ""
+    interval = Interval(said[-1]["every_steps"], said[-1]["is_lowered"])
     return (
         f"It took {said[-1]['save_s']:g} s to be saved, so that one made at a notice will not fit "
-        f"in {NOTICE_S:.0f} s; periodic interval lowered to {said[-1]['every_steps']} steps; it "
-        "would fit"
+        f"in {NOTICE_S:.0f} s; periodic interval {interval.words}; it would fit"
     )
 
 

@@ -4,6 +4,7 @@ Its workers raise `Paused`; the controller starts as many again as there is room
 drained nodes. One checkpoint for one notice: workers are not started on drained nodes again.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from orchestrator.train.recovery.notice import (
     Paused,
     Watch,
     drained,
+    lowered,
     preempted_event,
     slow_save,
 )
@@ -68,10 +70,11 @@ class PauseAtNotice(pl.callbacks.Checkpoint):
         """Begin to look, and say where the number of workers has changed."""
         nodes = gather(trainer, ray.get_runtime_context().get_node_id())
         self._looks = Looks(step=self._recorder.step)
-        self._save_s = self._recorder.committer.totals["save_s"]
+        self._saved = self._saving
         if trainer.global_rank != 0:
             return
-        self._watch = Watch(_Look(nodes, self._scaling, every_s=self._resize_every_s))
+        self._look = _Look(nodes, self._scaling, every_s=self._resize_every_s)
+        self._watch = Watch(self._look)
         resized = resized_event(read_events(self._recorder.facts.run))
         if resized is not None:
             append_event(self._recorder.facts.run, "resized", **resized)
@@ -148,25 +151,37 @@ class PauseAtNotice(pl.callbacks.Checkpoint):
         """Return what worker 0 has to say; None on all others."""
         if self._watch is None:
             return None
-        save_s = self._recorder.committer.totals["save_s"]
-        last_s, self._save_s = save_s - self._save_s, save_s
+        (save_s, failed), self._saved = self._saved, self._saving
+        # How long one took that failed says nothing about the next.
+        last_s = self._saved[0] - save_s if self._saved[1] == failed else 0.0
         if not self._said_slow and not self._watch.notice:
             slow = slow_save(last_s)
             self._said_slow = slow is not None
             return slow
         return self._watch.notice
 
+    @property
+    def _saving(self) -> tuple[float, float]:
+        """Seconds that saves took so far, and how many failed."""
+        totals = self._recorder.committer.totals
+        return totals["save_s"], totals["saves_failed"]
+
     def _save_more_often(self, notice: Notice) -> None:
         recorder = self._recorder
+        interval = lowered(
+            notice.every_s,
+            before_s=recorder.schedule.every_s,
+            before_steps=recorder.facts.config.train.checkpoint.every_steps,
+            steps_per_s=self._looks.steps_per_s,
+        )
         recorder.schedule.shorten(notice.every_s, step=recorder.step)
         if self._watch is None:
             return
-        steps = max(1, round(notice.every_s * self._looks.steps_per_s))
         line = (
             f"a checkpoint takes {notice.save_s:.0f} s to be saved, so that one made at a notice "
-            f"will not fit in {NOTICE_S:.0f} s; periodic interval lowered to {steps} steps"
+            f"will not fit in {NOTICE_S:.0f} s; periodic interval {interval.words}"
         )
-        fields = {"save_s": round(notice.save_s, 1), "every_steps": steps}
+        fields = {"save_s": round(notice.save_s, 1), **dataclasses.asdict(interval)}
         recorder.committer.tell("slow_save", **fields)
         recorder.facts.board.say.remote(line)
 
@@ -185,7 +200,11 @@ class PauseAtNotice(pl.callbacks.Checkpoint):
         recorder = self._recorder
         committed = self._commit(trainer, notice)
         if notice.reason == "room" and not committed:
-            return  # more workers are not worth the steps since the last commit
+            # More workers are not worth the steps since the last commit, nor a try at each step.
+            if self._look is not None and self._watch is not None:
+                self._look.put_off()
+                self._watch.notice = None
+            return
         if trainer.global_rank == 0:
             self._tell(notice, committed=committed)
         trainer.strategy.barrier()  # the first to raise ends all others
@@ -195,7 +214,7 @@ class PauseAtNotice(pl.callbacks.Checkpoint):
         """Commit this step, if it is not yet, and wait for it; return whether that was done."""
         recorder = self._recorder
         try:
-            for _ in range(_TRIES):
+            for _ in range(1 if notice.reason == "room" else _TRIES):
                 if recorder.committer.finish() == recorder.step:
                     return True
                 recorder.commit(trainer, metrics={}, done="", must=True)
@@ -214,7 +233,7 @@ class PauseAtNotice(pl.callbacks.Checkpoint):
         event = preempted_event(notice.ranks, notice.deadline_s, step=step if committed else None)
         recorder.committer.tell(**event)
         recorder.committer.close(_TELL_S)
-        left = f", {notice.deadline_s - time.time():.0f} s ahead" if notice.deadline_s else ""
+        left = "" if notice.deadline_s is None else _ahead(notice.deadline_s - time.time())
         done = f"step {step} is committed{left}" if committed else "no checkpoint could be saved"
         board.say.remote(f"preempted: the nodes of workers {list(notice.ranks)} go; {done}")
 
@@ -239,10 +258,20 @@ class _Look:
         workers = min(self._scaling.max_workers, len(self._nodes) + more)
         return Notice(reason="room", workers=workers)
 
+    def put_off(self) -> None:
+        """Look for room again after as long as at the start."""
+        self._began = time.monotonic()
+
     @property
     def _is_time(self) -> bool:
         grows = self._scaling.is_elastic and len(self._nodes) < self._scaling.max_workers
         return grows and time.monotonic() - self._began >= self._every_s
+
+
+def _ahead(seconds: float) -> str:
+    if seconds < 0:
+        return f", {-seconds:.0f} s after the deadline"
+    return f", {seconds:.0f} s ahead of the deadline"
 
 
 def resized_event(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -173,7 +173,8 @@ class FollowCluster(ElasticScalingPolicy):  # type: ignore[misc]
             self._said = found
             self._board.say.remote(
                 f"waiting for nodes: there is room for {found} workers, and "
-                f"scaling.num_workers=[{self._ours.min_workers}, {self._ours.max_workers}]"
+                f"scaling.num_workers=[{self._ours.min_workers}, {self._ours.max_workers}]; add "
+                "nodes, or submit again with fewer"
             )
         time.sleep(_WAIT_S)
         return NoopDecision()

@@ -97,6 +97,37 @@ def slow_save(save_s: float) -> Notice | None:
     return Notice(reason="slow_save", save_s=save_s)
 
 
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """How often a run commits, whatever happens."""
+
+    every_steps: int
+    is_lowered: bool
+    """Whether it was longer before."""
+
+    @property
+    def words(self) -> str:
+        """The end of a sentence about it."""
+        return f"{'lowered to' if self.is_lowered else 'stays at'} {self.every_steps} steps"
+
+
+def lowered(
+    to_s: float, *, before_s: float | None, before_steps: int | None, steps_per_s: float
+) -> Interval:
+    """Return the interval that holds where commits are wanted every `to_s` seconds at least.
+
+    Args:
+        to_s: seconds.
+        before_s: the one by time so far, if there is one.
+        before_steps: the one by steps, if there is one.
+        steps_per_s: how fast the run is.
+    """
+    steps = max(1, round(to_s * steps_per_s))
+    before = [before_steps] if before_steps else []
+    before += [max(1, round(before_s * steps_per_s))] if before_s else []
+    return Interval(min([steps, *before]), steps < min([*before, steps + 1]))
+
+
 def preempted_event(
     ranks: Sequence[int], deadline_s: float | None, *, step: int | None
 ) -> dict[str, Any]:

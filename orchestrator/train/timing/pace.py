@@ -70,7 +70,8 @@ class Schedule:
     """
 
     def __init__(self, every_s: float | None, *, step: int, first_look: int = 5) -> None:
-        self._every_s = every_s
+        self.every_s = every_s
+        """Seconds between commits now; None or 0: never by time."""
         self._first_look = first_look
         self.restart(step)
 
@@ -81,7 +82,7 @@ class Schedule:
 
     def shorten(self, every_s: float, *, step: int) -> None:
         """From `step` on commit at least this often; all workers call it at the same step."""
-        self._every_s = min(every_s, self._every_s or every_s)
+        self.every_s = min(every_s, self.every_s or every_s)
         self._look_at = step + 1
 
     def due(self, step: int, agree: Callable[[int], int]) -> bool:
@@ -90,10 +91,10 @@ class Schedule:
         Only at steps that all workers know beforehand does rank 0's clock decide: commit now, or
         look again after as many steps as fit into the time left.
         """
-        if not self._every_s or step < self._look_at:
+        if not self.every_s or step < self._look_at:
             return False
         elapsed = time.perf_counter() - self._began
-        left = self._every_s - elapsed
+        left = self.every_s - elapsed
         steps = int(left * (step - self._from_step) / elapsed)
         wait = agree(max(1, steps) if left > 0 else 0)
         self._look_at = step + wait

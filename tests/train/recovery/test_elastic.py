@@ -107,7 +107,7 @@ def test_plan_shows_both_ends(tmp_path: Path) -> None:
     assert "made at a notice of 30 s fits it where the workers together write" in page
     config = dataclasses.replace(config, storage_path=str(tmp_path))
     (tmp_path / "run").mkdir()
-    append_event(str(tmp_path / "run"), "slow_save", save_s=42.5, every_steps=170)
+    append_event(str(tmp_path / "run"), "slow_save", save_s=42.5, every_steps=170, is_lowered=True)
     page = plan.describe(config)
     assert "took 42.5 s" in page
     assert "will not fit in 30 s; periodic interval lowered to 170 steps" in page
