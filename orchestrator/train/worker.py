@@ -55,7 +55,7 @@ def _train(job: Job) -> None:
         ended = resumed is not None and resumed.done not in ("", "max_epochs")
         if ended or step >= feed.batching.num_steps:
             return
-        elastic.refuse_drained_node(job.run, step=step)
+        elastic.refuse_drained_node(step=step)
         placement = feeding.place_readers(job)
         loader = feeding.build_loader(feed, job, index, placement, rank=rank, step=step)
         opened.callback(loader.close)

@@ -26,9 +26,9 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util import placement_group_table
 
 from orchestrator.config import ScalingConfig
-from orchestrator.run import append_event
 from orchestrator.train.recovery.group import GroupConfig, without_datasets
-from orchestrator.train.recovery.notice import Paused, drained, preempted_event
+from orchestrator.train.recovery.interrupt import abort_at_interrupt
+from orchestrator.train.recovery.notice import Refused, drained
 from orchestrator.train.recovery.starting import StartInTime
 
 # Ray's controller asks again at once where it is told to wait.
@@ -100,24 +100,17 @@ def draining_nodes() -> dict[str, int]:
     return found
 
 
-def refuse_drained_node(run: str, *, step: int) -> None:
+def refuse_drained_node(*, step: int) -> None:
     """Start nothing on a node that is being drained since this worker was placed there.
 
     It takes no new actors, such as readers; and no step is lost yet.
 
     Raises:
-        Paused: this worker's node is being drained.
+        Refused: this worker's node is being drained.
     """
-    draining = draining_nodes()
-    context = ray.train.get_context()
-    notice = drained([ray.get_runtime_context().get_node_id()], draining)
-    if notice is None:
-        return
-    if context.get_local_rank() == 0:
-        rank = context.get_world_rank()
-        event = preempted_event([rank], notice.deadline_s, step=step)
-        append_event(run, **event)
-    raise Paused(f"preempted before step {step}")
+    notice = drained([ray.get_runtime_context().get_node_id()], draining_nodes())
+    if notice is not None:
+        raise Refused(step, notice.deadline_s)
 
 
 def placed_groups() -> list[Group]:
@@ -229,6 +222,9 @@ class RunTrainer(DataParallelTrainer):  # type: ignore[misc]
         made = without_datasets(super()._create_default_callbacks())
         kept = [c for c in made if not isinstance(c, PlacementGroupCleanerCallback)]
         return [StartInTime(), *kept]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        abort_at_interrupt(controller)
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
         if self._ours.is_elastic:

@@ -55,6 +55,22 @@ class Paused(Exception):
     """Workers stopped after a commit, so that the run goes on on other workers: no failure."""
 
 
+class Refused(Paused):
+    """A worker has not begun, since its node is being drained.
+
+    Args:
+        step: of the checkpoint that its start would have gone on from.
+        deadline_s: when the node goes, in seconds since 1970; None: not known.
+    """
+
+    def __init__(self, step: int, deadline_s: float | None) -> None:
+        super().__init__(step, deadline_s)  # so that it is pickled whole
+        self.step, self.deadline_s = step, deadline_s
+
+    def __str__(self) -> str:
+        return f"preempted before step {self.step + 1}"
+
+
 def charge_of(errors: Iterable[BaseException], *, draining: bool = False) -> Charge:
     """Return what the errors of a worker group are to be charged to.
 

@@ -12,7 +12,7 @@ from orchestrator.run import append_event
 from orchestrator.storage import StorageError
 from orchestrator.train.recovery import elastic
 from orchestrator.train.recovery.mistakes import diagnose
-from orchestrator.train.recovery.notice import charge_of, preempted_event
+from orchestrator.train.recovery.notice import Refused, charge_of, preempted_event
 from orchestrator.train.recovery.starting import StartFailed
 
 
@@ -47,6 +47,10 @@ class NotePreemptions(ControllerCallback, WorkerGroupCallback):  # type: ignore[
             failures, nodes = failed.errors, set(failed.nodes)
         elif error is None or not isinstance(current_state, RestartingState):
             return
+        refused = {r: e for r, e in failures.items() if isinstance(e, Refused)}
+        if refused:
+            self._note_refused(refused)
+            return
         draining = not nodes.isdisjoint(elastic.draining_nodes())
         charge = charge_of(failures.values(), draining=draining)
         known = isinstance(error, PreemptionError) or (
@@ -65,3 +69,11 @@ class NotePreemptions(ControllerCallback, WorkerGroupCallback):  # type: ignore[
             f"preempted: workers {ranks} went before a checkpoint was committed; going on from the "
             "last one"
         )
+
+    def _note_refused(self, refused: dict[int, Refused]) -> None:
+        """Write down once that nodes were drained before the first step of their workers."""
+        ranks, step = sorted(refused), next(iter(refused.values())).step
+        deadline_s = min((e.deadline_s for e in refused.values() if e.deadline_s), default=None)
+        with contextlib.suppress(StorageError):  # as above
+            append_event(self._run, **preempted_event(ranks, deadline_s, step=step))
+        self._board.say.remote(f"preempted: the nodes of workers {ranks} go; no step is lost")
