@@ -97,12 +97,13 @@ class BesideValidator(Judge):
 
     def _commit(self, trainer: pl.Trainer, *, done: str) -> None:
         recorder = self._recorder
-        if len(recorder.pending) < MAX_UNDER_WAY or done:
+        asks = len(recorder.pending) < MAX_UNDER_WAY or bool(done)
+        if asks:
             recorder.pending = (*recorder.pending, recorder.step)
             self._unasked.append(recorder.step)
         else:
             self.tell("validation_skipped", step=recorder.step, waiting=list(recorder.pending))
-        recorder.commit(trainer, metrics={}, done=done, must=True)
+        recorder.commit(trainer, metrics={}, done=done, must=asks)
 
     def _ask(self) -> None:
         committed = self._recorder.committer.committed

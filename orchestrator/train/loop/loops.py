@@ -103,7 +103,8 @@ class EpochLoop(_TrainingEpochLoop):
             logged = ", ".join(self.trainer.callback_metrics) or "nothing"
             raise UserError(
                 f"configure_optimizers watches {name!r} with ReduceLROnPlateau but the module "
-                f"has logged {logged} by then; log it, or raise the schedule's frequency."
+                f"has logged {logged} by then; log it, raise the schedule's frequency, or, where "
+                "it is logged by validation_step, set train.validate.beside to null."
             )
         return self.monitored.get(name)
 
@@ -125,6 +126,24 @@ class Plateaus(pl.callbacks.Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         assert isinstance(loop, EpochLoop)
         self._loop = loop
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look whether they can be updated.
+
+        Raises:
+            UserError: one watches validations that other processes do, at no step known beforehand.
+        """
+        train = self._recorder.facts.config.train
+        if train.validate.beside is None or train.early_stopping is None:
+            return
+        watched = train.early_stopping.monitor
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.monitor == watched:
+                raise UserError(
+                    f"train.validate.beside finds {watched!r} some steps later, at other ones "
+                    "each time, so that ReduceLROnPlateau in configure_optimizers cannot follow "
+                    "it; set train.validate.beside to null, or use another schedule."
+                )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Update those that watch steps, unless a validation comes first."""
