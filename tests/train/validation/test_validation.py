@@ -1,6 +1,7 @@
 """When a run validates, and that neither a kill, a resume nor another world size changes it."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from orchestrator.config import (
     ValidateConfig,
 )
 from orchestrator.data.plan import Batching
+from orchestrator.run import RESULT_FILE
+from orchestrator.train.outcome import close_run
 from orchestrator.train.place import Place
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.validation.timetable import Timetable
@@ -72,9 +75,14 @@ def test_what_is_due_is_counted_and_depends_on_no_worker(
     assert due[-1] == steps[-1]
     for step in steps:
         assert table.count_after(step) == sum(other > step for other in due)
-    multiples = set(range(every, samples * epochs + 1, every)) if every else set()
-    reached = {next(s for s in due if table.place.position(s) >= m) for m in multiples}
-    assert reached <= set(due)
+    total = samples * epochs
+    multiples = {
+        *range(samples, total + 1, samples),
+        *(range(every, total + 1, every) if every else ()),
+    }
+    assert due == sorted(
+        {next(s for s in steps if table.place.position(s) >= m) for m in multiples}
+    )
 
 
 def make_start(folder: Path, name: str, **changes: Any) -> Start:
@@ -166,3 +174,14 @@ def test_a_validation_that_was_not_committed_is_done_by_the_resume(
     assert (last.step, last.metrics) == (step, {})
     bare.train(2, start)
     assert_like(start, undisturbed)
+
+
+def test_a_run_that_diverges_says_so_in_its_result(tmp_path: Path) -> None:
+    rule = EarlyStoppingConfig(divergence_threshold=0.9)
+    start = make_start(tmp_path, "diverged", early_stopping=rule)
+    bare.train(1, start)
+    result = close_run(start.run, start.config, wall_s=1.0)
+    # The loss is 1 from step 13 on.
+    assert (result["stop_reason"], result["steps"], result["best"]["step"]) == ("diverged", 13, 10)
+    assert result["early_stopping"]["reason"] == "val_loss was 1 at step 13, worse than 0.9"
+    assert json.loads((Path(start.run) / RESULT_FILE).read_text()) == result
