@@ -58,6 +58,7 @@ class BesideValidator(Judge):
             # A verdict has just stopped the run, after a commit that was due by time or steps.
             recorder.pending = tuple({**dict.fromkeys(recorder.pending), recorder.step: None})
             recorder.complete(recorder.step, {}, done=done, pending=recorder.pending)
+            recorder.write_bad(trainer)
         self._ask()
 
     def _hear(self, trainer: pl.Trainer) -> None:

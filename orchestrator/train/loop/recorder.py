@@ -191,9 +191,7 @@ class Recorder(pl.callbacks.Checkpoint):
             self.metrics.add(values, step=self.step, epoch=self.epoch, samples=self.position)
             self._say_slow_reads()
         if problem is not None:
-            gathered = gather(trainer, self._consumed.bad)
-            if trainer.global_rank == 0:
-                self.committer.quarantine([row for bad in gathered for row in bad])
+            self.write_bad(trainer)
             raise TooManyBadImages(problem)
 
     def _say_slow_reads(self) -> None:
@@ -259,6 +257,12 @@ class Recorder(pl.callbacks.Checkpoint):
         """Note bad images that another process found, once."""
         if self._consumed.rank == 0:
             self._consumed.bad += rows
+
+    def write_bad(self, trainer: pl.Trainer) -> None:
+        """Quarantine the bad images of all workers now, where no commit follows that would."""
+        rows = [row for bad in gather(trainer, self._consumed.bad) for row in bad]
+        if rows and trainer.global_rank == 0:
+            self.committer.quarantine(rows)
 
     def _point(
         self, trainer: pl.Trainer, metrics: dict[str, float], done: str

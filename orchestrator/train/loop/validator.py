@@ -181,6 +181,7 @@ class Validator(Judge):
         # The one that this start goes on from, or one of a step that the module ended the run at.
         if recorder.owes_validation or self.is_saved():
             recorder.complete(recorder.step, metrics, done=done)
+            recorder.write_bad(trainer)
         else:
             recorder.commit(trainer, metrics=metrics, done=done, must=True)
         self.report(metrics, step=recorder.step, done=done)

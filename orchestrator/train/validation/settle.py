@@ -119,14 +119,13 @@ def _add_rows(run: str, rows: list[dict[str, Any]]) -> None:
 
 def _add_bad(run: str, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Quarantine images that could not be read; return how many there are now, as stats."""
-    if not rows:
-        return {}
     quarantine, location = Quarantine(None), storage.join(run, QUARANTINE_FILE)
     if storage.exists(location):
         quarantine.add(pq.read_table(io.BytesIO(storage.read_bytes(location))).to_pylist())
     for row in quarantine.add(rows):
         append_event(run, "quarantined", **row)
-    storage.write_atomic(location, quarantine.encode())
+    if rows:
+        storage.write_atomic(location, quarantine.encode())
     return {"bad": len(quarantine)}
 
 

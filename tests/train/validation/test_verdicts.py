@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import bare
+import pyarrow.parquet as pq
 from bare import Start
 from beside_runs import make_config, validated
+from saves import BAD
 
 from orchestrator.config import (
     CheckpointConfig,
@@ -16,6 +18,7 @@ from orchestrator.config import (
 from orchestrator.run import read_events
 from orchestrator.train.loop.beside_validator import BesideValidator
 from orchestrator.train.loop.recorder import Recorder
+from orchestrator.train.recovery.notice import Looks
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.validation.beside import Outcome, Questions
 
@@ -39,7 +42,8 @@ class Slow(Questions):
     def answer(self, step: int) -> Outcome:
         if step == 5:
             return Outcome(step=step, failed="its process was killed too often")
-        return Outcome(step=step, metrics={"val_loss": float(abs(step - 9))})
+        bad = (BAD,) if step == 10 else ()
+        return Outcome(step=step, metrics={"val_loss": float(abs(step - 9))}, bad=bad)
 
 
 class Unheard(BesideValidator):
@@ -57,6 +61,10 @@ class Prompt(Unheard):
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__(recorder, looks=1)
+
+    def on_train_start(self, *_: Any) -> None:
+        super().on_train_start(*_)
+        self._looks = Looks(step=self._recorder.step, every_s=0.0)  # at each step
 
 
 class KilledAtTheEnd(Prompt):
@@ -138,6 +146,18 @@ def test_a_schedule_that_would_wait_for_verdicts_is_refused_at_the_start(tmp_pat
     assert "'val_loss' some steps later" in ended.error
     assert "set train.validate.beside to null" in ended.error
     assert checkpoint.list_manifests(start.run) == []
+
+
+def test_bad_images_of_the_verdict_that_stops_a_run_are_quarantined(tmp_path: Path) -> None:
+    start = prompt_start(tmp_path, Prompt, patience=1)
+    # The step that hears of it is committed before.
+    train = dataclasses.replace(start.config.train, checkpoint=CheckpointConfig(every_steps=1))
+    start = dataclasses.replace(start, config=dataclasses.replace(start.config, train=train))
+    bare.train(1, start)
+    last = checkpoint.list_manifests(start.run)[-1]
+    assert (last.step, last.done, last.pending) == (11, "converged", (11,))
+    rows = pq.read_table(f"{start.run}/quarantine.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [BAD["id"]]
 
 
 class Never(Unheard):
