@@ -33,7 +33,7 @@ from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.loop.trainer import Batches
 from orchestrator.train.loop.validator import Validator
 from orchestrator.train.place import Place
-from orchestrator.train.recovery.errors import OutOfMemory
+from orchestrator.train.recovery.errors import OutOfMemory, is_out_of_memory
 from orchestrator.train.saving import checkpoint, lease
 from orchestrator.train.saving.journal import RunFacts
 from orchestrator.train.strategies.precision import Choice, lightning_precision
@@ -170,7 +170,7 @@ def _train(start: Start, rank: int, num_workers: int) -> Ended:
         )
         validation = open_loader(val, config, rank=rank, step=0)
     recorder = Recorder(facts, loader, validation, (found, folder) if found else None)
-    pushed = Pushed(loader, validation, step=lambda: recorder.step)
+    pushed = Pushed(loader, validation, recorder)
     ended = Ended()
     module_name, _, class_name = config.model.class_path.rpartition(".")
     module = getattr(importlib.import_module(module_name), class_name)(**config.model.init_args)
@@ -212,6 +212,10 @@ def _train(start: Start, rank: int, num_workers: int) -> Ended:
             trainer.fit(module, datamodule=Batches(recorder, loader, validation))
     except (UserError, OutOfMemory) as error:
         ended.error = str(error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        ended.error = f"not of a micro-batch: {error}"
     except KeyError:
         assert start.stop_after
     ended.noted = getattr(module, "noted", {})

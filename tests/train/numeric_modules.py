@@ -120,11 +120,19 @@ class Scheduled(Plain):
 
 
 class Hungry(Plain):
-    """Asks the allocator for more than there is where more samples than `most` come at once."""
+    """Asks the allocator for more than there is where more samples than `most` come at once.
 
-    def __init__(self, most: int, most_eval: int, at_step: int = 0) -> None:
+    With `at_save`, at the first save too.
+    """
+
+    def __init__(self, most: int, most_eval: int, at_step: int = 0, at_save: bool = False) -> None:
         super().__init__(lr=0.1)
         self.most, self.most_eval, self.at_step = most, most_eval, at_step
+        self.at_save = at_save
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.at_save:
+            torch.empty(1 << 50)
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         most = self.most if self.training else self.most_eval

@@ -1,7 +1,7 @@
 """Worker side: how many samples the model was given when it ran out of memory."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from orchestrator import cluster
 from orchestrator.config import UserError
 from orchestrator.data.loader import Loader
+from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.recovery.errors import OutOfMemory, is_out_of_memory
 from orchestrator.train.recovery.shrink import EVAL_BATCH, MICRO_BATCH
 
@@ -19,13 +20,11 @@ class Pushed(pl.Callback):
     Args:
         loader: this worker's training batches.
         validation: its validation batches, if there are any.
-        step: returns the optimizer steps done so far.
+        recorder: knows the step, and whether it saves.
     """
 
-    def __init__(
-        self, loader: Loader, validation: Loader | None, *, step: Callable[[], int]
-    ) -> None:
-        self._loader, self._validation, self._step = loader, validation, step
+    def __init__(self, loader: Loader, validation: Loader | None, recorder: Recorder) -> None:
+        self._loader, self._validation, self._recorder = loader, validation, recorder
         self._found: tuple[str, int] | None = None
 
     def on_exception(
@@ -35,10 +34,12 @@ class Pushed(pl.Callback):
         self._found = self._under_way(trainer)
 
     def _under_way(self, trainer: pl.Trainer) -> tuple[str, int] | None:
+        if self._recorder.is_saving:
+            return None  # a save holds as much whatever the micro-batch
         if trainer.validating and self._validation is not None:
             return EVAL_BATCH, self._validation.batching.micro_batch
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        # Neither what is set up before the first batch nor a save after one gets smaller.
+        # Neither what is set up before the first batch nor what follows one gets smaller.
         between = self._loader.current is None or batches.processed > batches.completed
         return None if between else (MICRO_BATCH, self._loader.batching.micro_batch)
 
@@ -58,7 +59,7 @@ class Pushed(pl.Callback):
             raise self._named(*self._found, cluster.sentence(error)) from None
 
     def _named(self, setting: str, size: int, said: str) -> Exception:
-        step = self._step() + 1
+        step = self._recorder.step + 1
         if size > 1:
             return OutOfMemory(setting, size, step, said)
         return UserError(

@@ -60,6 +60,8 @@ class Recorder(pl.callbacks.Checkpoint):
         self._resumed = resumed
         manifest = resumed[0] if resumed else None
         self.step = manifest.step if manifest else 0
+        self.is_saving = False
+        """Whether a commit is under way, or was when something was raised."""
         totals = manifest.stats if manifest else {}
         self.pace = Pace(lambda: loader.waited_s, totals, step=self.step)
         self.schedule = Schedule(self._config.train.checkpoint.every_seconds, step=self.step)
@@ -228,6 +230,7 @@ class Recorder(pl.callbacks.Checkpoint):
     ) -> None:
         """Begin a checkpoint of this moment; all workers call it. See `Committer.save`."""
         self.guard.look(trainer)
+        self.is_saving = True
         self.pace.stop("checkpoint")
         self._post(trainer, "saving", now=True)
         at = {"step": self.step, "epoch": self.epoch, "samples": self.position}
@@ -241,6 +244,7 @@ class Recorder(pl.callbacks.Checkpoint):
         )
         self.schedule.restart(self.step)
         self.pace.start()
+        self.is_saving = False
 
     def complete(
         self, step: int, metrics: dict[str, float], *, done: str = "", **more: Any

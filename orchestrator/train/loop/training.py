@@ -96,7 +96,7 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
         )
     if hasattr(module, "total_steps"):
         module.total_steps = feed.batching.num_steps  # type: ignore[assignment]
-    pushed = Pushed(work.loader, validation, step=lambda: recorder.step)
+    pushed = Pushed(work.loader, validation, recorder)
     trainer = build_trainer(
         job, recorder, work.loader, pushed, precision, scratch=work.staging.folder()
     )

@@ -4,15 +4,27 @@ import pytest
 from bare import Ended, Start, train
 from packed import write_packed
 
-from orchestrator.config import CheckpointConfig, Config, DataConfig, ModelConfig, TrainConfig
+from orchestrator.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    ValidateConfig,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-# Setting of micro-batches, and the most that fit in training and in validation.
+# Setting of micro-batches, the most that fit in training and in validation, and the rest.
 CASES = {
     "training": {"micro": 8, "most": 3, "most_eval": 9, "at_step": 1},
     "validation": {"micro": 8, "most": 9, "most_eval": 2, "at_step": 0},
     "one sample": {"micro": 1, "most": 0, "most_eval": 9, "at_step": 1},
-}
+    "save at an epoch's end": {"micro": 8, "most": 9, "most_eval": 9, "at_save": True},
+    "save after a validation": {
+        "micro": 8, "most": 9, "most_eval": 9, "at_save": True, "every_samples": 13,
+    },
+}  # fmt: skip
+SAVES = [name for name in CASES if name.startswith("save")]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +41,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
             image_size=8,
             window_chunks=3,
         )
-        hungry = {key: value for key, value in case.items() if key != "micro"}
+        hungry = {k: value for k, value in case.items() if k not in ("micro", "every_samples")}
         config = Config(
             name=name,
             data=data,
@@ -39,7 +51,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
                 strategy="ddp",
                 precision="32",
                 early_stopping=None,
-                checkpoint=CheckpointConfig(every_steps=1),
+                validate=ValidateConfig(every_samples=case.get("every_samples")),
+                checkpoint=CheckpointConfig(every_steps=None if name in SAVES else 1),
             ),
         )
         starts.append(Start(run=str(folder / name), config=config))
@@ -57,3 +70,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
 def test_the_step_and_the_samples_are_named(ended: dict[str, Ended], name: str, said: str) -> None:
     assert ended[name].error.startswith(said)
     assert "can't allocate memory" in ended[name].error
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_a_save_that_runs_out_is_not_the_micro_batchs_fault(
+    ended: dict[str, Ended], name: str
+) -> None:
+    assert ended[name].error.startswith("not of a micro-batch: ")
