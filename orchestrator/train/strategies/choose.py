@@ -17,6 +17,8 @@ _SHARE_FOR_STATES = 0.6
 # Of a node without GPUs: the other half is for reading (see capacity.py) and the page cache.
 _SHARE_FOR_WORKERS = 0.5
 _ALONE = "one worker has nobody to share states with"
+UNDECIDED = "auto"
+"""The value of a choice that only a worker can make."""
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -78,6 +80,8 @@ def check_hardware(config: Config) -> None:
 def choose_strategy(config: Config, *, num_classes: int, resumed: str | None = None) -> Choice:
     """Return ddp or zero1 to zero3: what is asked for, or the simplest whose states fit.
 
+    It is `UNDECIDED` where only the workers know how much memory they have; see `choose_here`.
+
     Args:
         config: the run.
         num_classes: classes of its data.
@@ -86,59 +90,75 @@ def choose_strategy(config: Config, *, num_classes: int, resumed: str | None = N
     Raises:
         UserError: the module cannot be trained with the strategy asked for.
     """
-    requested = config.train.strategy
+    requested, offload = config.train.strategy, config.train.offload_optimizer
     if requested == "auto" and resumed is not None:
-        return Choice(resumed, "as before the resume")
-    alone = config.scaling.max_workers == 1 and not config.train.offload_optimizer
+        return _gone_on(config, resumed)
+    alone = config.scaling.max_workers == 1 and not offload
     if requested == "ddp" or (requested == "auto" and alone):
         return Choice("ddp", "asked for" if requested == "ddp" else _ALONE)
     try:
         measured = measure(config.model, num_classes=num_classes)
     except Unmeasured as error:
         if requested == "auto":
-            return Choice("ddp", f"{error}, so that what it needs is not known")
+            return Choice(_simplest_of(config)[0], f"{error}, so that what it needs is not known")
         return Choice(requested, "asked for")
-    if requested != "auto":
-        _check_zero(config, measured)
-        return Choice(requested, "asked for")
-    return simplest(config, measured)
+    if requested == "auto":
+        return simplest(config, measured)
+    _refuse(f"train.strategy={requested!r}", measured)
+    return Choice(requested, "; ".join(filter(None, ["asked for", measured.doubt])))
 
 
-def _check_zero(config: Config, measured: Measured) -> None:
-    strategy, class_path = config.train.strategy, config.model.class_path
-    if measured.num_optimizers > 1:
+def choose_here(config: Config, *, num_classes: int) -> Choice:
+    """Worker side: decide by this worker's own GPU what the driver left `UNDECIDED`."""
+    choice = choose_strategy(config, num_classes=num_classes)
+    if choice.value != UNDECIDED:
+        return choice
+    return Choice(_simplest_of(config)[0], "worker 0 sees no GPU, so that its memory is not known")
+
+
+def _gone_on(config: Config, resumed: str) -> Choice:
+    if config.train.offload_optimizer and resumed == "ddp":
         raise UserError(
-            f"train.strategy={strategy!r}: DeepSpeed trains with one optimizer but {class_path} "
-            f"configures {measured.num_optimizers}; set train.strategy to ddp."
+            "train.offload_optimizer=true needs ZeRO but the run's checkpoint is of ddp, whose "
+            "optimizer states ZeRO does not load; leave it out, or give the run another --name."
         )
-    if not measured.elementwise:
-        raise UserError(
-            f"train.strategy={strategy!r}: ZeRO lays weights end to end and cuts them anywhere, so "
-            f"{measured.size.optimizer} of {class_path}, whose updates look at whole tensors, "
-            "would compute something else; set train.strategy to ddp, or take e.g. AdamW."
-        )
+    return Choice(resumed, "as before the resume")
+
+
+def _simplest_of(config: Config) -> tuple[str, ...]:
+    """Return the strategies that a config leaves to `auto`, the simplest first."""
+    return memory.STRATEGIES[1:] if config.train.offload_optimizer else memory.STRATEGIES
+
+
+def _refuse(asked: str, measured: Measured) -> None:
+    if measured.hindrance:
+        raise UserError(f"{asked}: {measured.hindrance}; set train.strategy to ddp.")
 
 
 def simplest(config: Config, measured: Measured) -> Choice:
-    """Return the first of ddp, zero1, zero2 and zero3 whose states fit a worker's device."""
-    if config.scaling.max_workers == 1 and not config.train.offload_optimizer:
+    """Return the first of ddp, zero1, zero2 and zero3 whose states fit a worker's device.
+
+    Raises:
+        UserError: the optimizer is to be offloaded, but the module cannot be trained with ZeRO.
+    """
+    offload = config.train.offload_optimizer
+    if config.scaling.max_workers == 1 and not offload:
         return Choice("ddp", _ALONE)
+    if offload:
+        _refuse("train.offload_optimizer=true needs ZeRO", measured)
+    elif measured.hindrance or measured.doubt:
+        return Choice("ddp", measured.hindrance or f"{measured.doubt}, which ZeRO might not share")
     found = device_memory(config.scaling)
     if found is None:
-        return Choice("ddp", "no GPU here, so that the memory of the workers' GPUs is not known")
-    offload = config.train.offload_optimizer
+        return Choice(UNDECIDED, "the workers' GPUs decide: there is none here")
     needs = needs_of(config, measured)
     limit = f"{in_words(found.for_states)}, {_SHARE_FOR_STATES:.0%} of {found.said}"
-    if measured.num_optimizers > 1 or not measured.elementwise:
-        return Choice("ddp", f"ZeRO cannot share the states of {measured.size.optimizer}")
-    too_large: list[str] = []
-    for strategy in memory.STRATEGIES[1:] if offload else memory.STRATEGIES:
-        what = f"{strategy} takes {in_words(needs[strategy].total)} a worker"
+    said = [measured.doubt] if measured.doubt else []
+    for strategy in _simplest_of(config):
+        said.append(f"{strategy} takes {in_words(needs[strategy].total)} a worker")
         if needs[strategy].total <= found.for_states:
-            said = f"{what} for states, of {limit}"
-            return Choice(strategy, "; ".join([*too_large, said]))
-        too_large.append(what)
-    return Choice(memory.STRATEGIES[-1], "; ".join([*too_large, f"none fits {limit}"]))
+            return Choice(strategy, f"{'; '.join(said)} for states, of {limit}")
+    return Choice(memory.STRATEGIES[-1], "; ".join([*said, f"none fits {limit}"]))
 
 
 def needs_of(

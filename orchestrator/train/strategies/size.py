@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.core.optimizer import _configure_optimizers
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from orchestrator.config import ModelConfig, UserError
@@ -24,12 +25,26 @@ class Unmeasured(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model's size, and whether ZeRO can share its optimizer."""
+    """A model's size, and what ZeRO makes of the model."""
 
     size: ModelSize
-    num_optimizers: int
-    elementwise: bool
-    """Whether a weight's update depends on that weight's own gradients and states only."""
+    hindrance: str = ""
+    """Why ZeRO would not train it as DDP does, or empty."""
+    doubt: str = ""
+    """Why its optimizer is not known, or empty."""
+
+
+class _Run:
+    """Stands for the trainer, which `configure_optimizers` may ask how long the run is.
+
+    Its numbers are those of no run: what is built of them is as large with any.
+    """
+
+    estimated_stepping_batches = num_training_batches = 1000
+    max_epochs, max_steps = 10, -1
+    global_step = current_epoch = global_rank = local_rank = 0
+    accumulate_grad_batches = world_size = num_nodes = num_devices = 1
+    is_global_zero = True
 
 
 def measure(config: ModelConfig, *, num_classes: int) -> Measured:
@@ -39,9 +54,27 @@ def measure(config: ModelConfig, *, num_classes: int) -> Measured:
         UserError: the class or its arguments are wrong.
         Unmeasured: it cannot be built so, as where its constructor reads a tensor's values.
     """
+    module = _build(config, num_classes)
+    size = ModelSize.of(
+        [(p.numel(), p.requires_grad) for p in module.parameters()],
+        buffer_bytes=sum(b.numel() * b.element_size() for b in module.buffers()),
+        optimizer="an assumed Adam",
+    )
+    measured = Measured(size, _passed_over(module, config.class_path))
+    try:
+        optimizers, schedules = _configured(module)
+        first = optimizers[0]
+    except Exception as error:  # the user's method
+        what = f"{config.class_path}.configure_optimizers cannot be run"
+        return dataclasses.replace(measured, doubt=_assumed(what, error))
+    hindrance = measured.hindrance or _too_many(optimizers, schedules, config.class_path)
+    return _tried(first, dataclasses.replace(measured, hindrance=hindrance), config.class_path)
+
+
+def _build(config: ModelConfig, num_classes: int) -> pl.LightningModule:
     try:
         with torch.device("meta"):
-            module = model.build(config, num_classes=num_classes)
+            return model.build(config, num_classes=num_classes)
     except UserError:
         raise
     except (
@@ -50,28 +83,49 @@ def measure(config: ModelConfig, *, num_classes: int) -> Measured:
         raise Unmeasured(
             f"{config.class_path} cannot be built without memory ({type(error).__name__})"
         ) from error
-    shapes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    buffers = sum(b.numel() * b.element_size() for b in module.buffers())
-    optimizers = _optimizers(module)
-    if not optimizers:
-        return Measured(ModelSize.of(shapes, buffer_bytes=buffers), 0, True)
-    size = ModelSize.of(
-        shapes,
-        buffer_bytes=buffers,
-        states=_states(optimizers[0]),
-        optimizer=type(optimizers[0]).__name__,
-    )
-    return Measured(size, len(optimizers), _is_elementwise(optimizers[0]))
 
 
-def _optimizers(module: pl.LightningModule) -> list[Optimizer]:
-    """Return the module's optimizers; none where they ask for a trainer or the like."""
+def _configured(module: pl.LightningModule) -> tuple[list[Optimizer], list[Any]]:
+    """Return the module's optimizers and learning-rate schedules."""
+    module.trainer = _Run()  # type: ignore[assignment]
+    configured: Any = module.configure_optimizers()
+    optimizers, schedules, _ = _configure_optimizers(configured)
+    return optimizers, schedules
+
+
+def _assumed(what: str, error: Exception) -> str:
+    return f"{what} beforehand ({type(error).__name__}), so that an Adam is assumed"
+
+
+def _passed_over(module: pl.LightningModule, class_path: str) -> str:
+    """Return what of the module DeepSpeed would leave out, with a warning at most, or nothing."""
+    for hook in ("backward", "configure_gradient_clipping"):
+        if is_overridden(hook, module, pl.LightningModule):
+            return f"DeepSpeed does itself what {class_path}.{hook} does, and never calls that"
+    return ""
+
+
+def _too_many(optimizers: list[Optimizer], schedules: list[Any], class_path: str) -> str:
+    for what, found in (("optimizer", optimizers), ("learning-rate schedule", schedules)):
+        if len(found) > 1:
+            return f"DeepSpeed trains with one {what} but {class_path} configures {len(found)}"
+    return ""
+
+
+def _tried(optimizer: Optimizer, measured: Measured, class_path: str) -> Measured:
+    """Return what is measured with the optimizer's states, and whether ZeRO can cut them."""
+    name = type(optimizer).__name__
+    size = dataclasses.replace(measured.size, optimizer=name, states=_states(optimizer))
+    hindrance, doubt = measured.hindrance, ""
     try:
-        configured: Any = module.configure_optimizers()
-        optimizers: list[Optimizer] = _configure_optimizers(configured)[0]
-    except Exception:  # the user's method; without it Adam is assumed, which keeps the most
-        return []
-    return optimizers
+        if not _is_elementwise(optimizer) and not hindrance:
+            hindrance = (
+                f"ZeRO lays weights end to end and cuts them anywhere, so {name} of {class_path}, "
+                "whose updates look at whole tensors, would compute something else"
+            )
+    except Exception as error:  # as where it runs on GPUs only
+        doubt = _assumed(f"{name} of {class_path} cannot be tried", error)
+    return Measured(size, hindrance, doubt)
 
 
 def _states(optimizer: Optimizer) -> float:
@@ -79,7 +133,7 @@ def _states(optimizer: Optimizer) -> float:
     weight = torch.zeros(_TRIAL_SHAPES[0])
     try:
         state = _trial(optimizer, [weight], [torch.ones_like(weight)])[weight]
-    except Exception:  # as where it runs on GPUs only
+    except Exception:  # as where it runs on GPUs only; Adam keeps two
         return 2.0
     tensors = [v for v in state.values() if isinstance(v, torch.Tensor) and v.ndim > 0]
     return sum(t.numel() for t in tensors) / weight.numel()
@@ -99,8 +153,6 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
         _trial(optimizer, weights, gradients)
     except (TypeError, ValueError):  # it wants a closure (LBFGS) or matrices (Muon)
         return False
-    except Exception:  # as where it runs on GPUs only: not known, so the user is believed
-        return True
     return torch.allclose(flat, torch.cat([w.flatten() for w in weights]), rtol=1e-4, atol=1e-6)
 
 

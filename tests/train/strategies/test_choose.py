@@ -1,16 +1,24 @@
 """Which strategy is chosen, by which arithmetic, and what is refused before anything starts."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from orchestrator.config import Config, ModelConfig, ScalingConfig, TrainConfig, UserError
 from orchestrator.train.strategies import choose
-from orchestrator.train.strategies.choose import DeviceMemory, check_hardware, choose_strategy
+from orchestrator.train.strategies.choice import Choice
+from orchestrator.train.strategies.choose import (
+    DeviceMemory,
+    check_hardware,
+    choose_here,
+    choose_strategy,
+)
 from orchestrator.train.strategies.size import Unmeasured, _is_elementwise, _states, measure
 
 OURS = "orchestrator.train.module.ImageClassifier"
@@ -35,6 +43,50 @@ class Two(Plain):
         return [super().configure_optimizers(), super().configure_optimizers()]
 
 
+class Schedules(Plain):
+    """Two schedules of one optimizer, as Lightning takes them without DeepSpeed."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [StepLR(optimizer, 1), StepLR(optimizer, 2)]
+
+
+class Clips(Plain):
+    """Clips in a way of its own."""
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Cycles(Plain):
+    """Asks the trainer how long the run is."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        total = self.trainer.estimated_stepping_batches
+        assert total > self.trainer.max_epochs
+        return [optimizer], [OneCycleLR(optimizer, 0.1, int(total), cycle_momentum=False)]
+
+
+class Asks(Plain):
+    """Asks for more than is known beforehand."""
+
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers() if self.trainer.datamodule.sizes else None
+
+
+class OnGpusOnly(torch.optim.SGD):
+    """Steps by kernels that a CPU does not have."""
+
+    def step(self, closure: Any = None) -> None:
+        raise NotImplementedError
+
+
+class Apart(Plain):
+    def configure_optimizers(self) -> Any:
+        return OnGpusOnly(self.parameters(), lr=0.1)
+
+
 class Reader(Plain):
     """Reads a value of a tensor while it is built."""
 
@@ -43,12 +95,20 @@ class Reader(Plain):
         self.scale = float(torch.ones(1).sum())
 
 
-def config(name: str = "", *, strategy: str = "auto", workers: int = 2, **args: Any) -> Config:
+def config(
+    name: str = "",
+    *,
+    strategy: str = "auto",
+    workers: int = 2,
+    gpus: float = 0,
+    offload: bool = False,
+    **args: Any,
+) -> Config:
     path = f"{__name__}.{name}" if name else OURS
     return Config(
         model=ModelConfig(class_path=path, init_args=args),
-        train=TrainConfig(strategy=strategy),  # type: ignore[arg-type]
-        scaling=ScalingConfig(num_workers=workers),
+        train=TrainConfig(strategy=strategy, offload_optimizer=offload),  # type: ignore[arg-type]
+        scaling=ScalingConfig(num_workers=workers, gpus_per_worker=gpus),
     )
 
 
@@ -101,8 +161,42 @@ def test_auto_stays_with_ddp_where_it_does_not_know(monkeypatch: pytest.MonkeyPa
     assert "Reader cannot be built" in choose_strategy(config("Reader"), num_classes=3).reason
     there = DeviceMemory(1, "a device")
     monkeypatch.setattr(choose, "device_memory", lambda scaling: there)
+    for name in ("Two", "Schedules", "Clips", "Asks", "Apart"):
+        assert choose_strategy(config(name), num_classes=3).value == "ddp"
     choice = choose_strategy(config("Plain", optimizer="Adafactor"), num_classes=3)
-    assert str(choice) == "ddp: ZeRO cannot share the states of Adafactor"
+    assert choice.value == "ddp"
+    assert "so Adafactor of " in choice.reason
+
+
+def test_an_optimizer_that_is_not_known_is_taken_for_adam_and_said() -> None:
+    found = measure(config("Asks").model, num_classes=3)
+    assert (found.size.optimizer, found.size.states) == ("an assumed Adam", 2.0)
+    assert measure(config("Apart").model, num_classes=3).size.optimizer == "OnGpusOnly"
+    for name, said in (("Asks", "cannot be run"), ("Apart", "OnGpusOnly of .* cannot be tried")):
+        assert re.search(f"{said} beforehand .*an Adam is assumed, which", auto_of(name).reason)
+        # Who asks for ZeRO is believed.
+        asked = choose_strategy(config(name, strategy="zero1"), num_classes=3)
+        assert re.search(f"^zero1: asked for; .*{said} beforehand", str(asked))
+
+
+def auto_of(name: str, **options: Any) -> Choice:
+    return choose_strategy(config(name, **options), num_classes=3)
+
+
+def test_workers_decide_where_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "device_memory", lambda scaling: None)
+    for options in ({}, {"offload": True}):
+        there = config("Plain", workers=100, gpus=1, **options)
+        left = choose_strategy(there, num_classes=3)
+        assert str(left) == "auto: the workers' GPUs decide: there is none here"
+        # A worker without a GPU, whatever the config says.
+        here = choose_here(there, num_classes=3)
+        assert here.value == ("zero1" if options else "ddp")
+    assert auto_of("Plain", gpus=1, workers=1).value == "ddp"
+    assert auto_of("Two", gpus=1).value == "ddp"
+    tight = DeviceMemory(int(3.9e6 / choose._SHARE_FOR_STATES), "a device")
+    monkeypatch.setattr(choose, "device_memory", lambda scaling: tight)
+    assert choose_here(config("Plain", workers=100), num_classes=3).value == "zero2"
 
 
 @pytest.mark.parametrize(
@@ -110,13 +204,17 @@ def test_auto_stays_with_ddp_where_it_does_not_know(monkeypatch: pytest.MonkeyPa
     [
         ("Two", {}, "one optimizer but .* configures 2; set train.strategy to ddp"),
         ("Plain", {"optimizer": "Muon"}, "Muon of .* would compute something else"),
+        ("Cycles", {"optimizer": "Adafactor"}, "Adafactor of .* would compute something else"),
+        ("Schedules", {}, "one learning-rate schedule but .* configures 2; set train.strategy"),
+        ("Clips", {}, "DeepSpeed does itself what .*Clips.configure_gradient_clipping does"),
     ],
 )
 def test_what_zero_cannot_train_is_refused(name: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose_strategy(config(name, strategy="zero1", **args), num_classes=3)
     assert choose_strategy(config(name, strategy="ddp", **args), num_classes=3).value == "ddp"
-    assert choose_strategy(config("Plain", strategy="zero1"), num_classes=3).value == "zero1"
+    for trained in ("Plain", "Cycles"):
+        assert str(auto_of(trained, strategy="zero1")) == "zero1: asked for"
 
 
 def test_offloading_is_refused_where_there_is_nothing_to_move() -> None:
@@ -131,3 +229,17 @@ def test_offloading_is_refused_where_there_is_nothing_to_move() -> None:
     ddp = dataclasses.replace(on_gpus.train, strategy="ddp")
     with pytest.raises(UserError, match="needs ZeRO"):
         check_hardware(dataclasses.replace(on_gpus, train=ddp))
+
+
+def test_offloading_is_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    plenty = DeviceMemory(1 << 40, "a device")
+    monkeypatch.setattr(choose, "device_memory", lambda scaling: plenty)
+    offloaded = config("Plain", gpus=1, offload=True)
+    assert auto_of("Plain", gpus=1).value == "ddp"
+    for name in ("Plain", "Reader", "Asks"):
+        assert auto_of(name, gpus=1, offload=True).value == "zero1"
+    assert choose_strategy(offloaded, num_classes=3, resumed="zero2").value == "zero2"
+    with pytest.raises(UserError, match=r"the run's checkpoint is of ddp, .*; leave it out"):
+        choose_strategy(offloaded, num_classes=3, resumed="ddp")
+    with pytest.raises(UserError, match=r"offload_optimizer=true needs ZeRO: .* configures 2; set"):
+        auto_of("Two", gpus=1, offload=True)
