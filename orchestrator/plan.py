@@ -78,13 +78,14 @@ def _memory(config: Config, measured: Measured, strategy: str) -> list[str]:
 
 def _checkpoint(config: Config, measured: Measured, strategy: str) -> str:
     # All workers' shares together are what one worker alone would hold.
-    name = "ddp" if strategy == "ddp" else "zero1"
+    name = "zero1" if strategy.startswith("zero") else "ddp"
     need = choose.needs_of(config, measured, num_workers=1)[name]
     states = need.optimizer or need.host
     rate = NOTICE_MARGIN * (need.parameters + states) / NOTICE_S
     return (
-        f"A checkpoint takes {in_words(need.parameters + states)}: {in_words(need.parameters)} of "
-        f"weights, {in_words(states)} of optimizer states; the last "
+        f"A checkpoint takes{' under ddp' if strategy == choose.UNDECIDED else ''} "
+        f"{in_words(need.parameters + states)}: {in_words(need.parameters)} of weights, "
+        f"{in_words(states)} of optimizer states; the last "
         f"{config.train.checkpoint.keep} and the best one are kept. "
         f"{_slow_save(config) or f'One made at a notice of {NOTICE_S:.0f} s fits it'}"
         f" where the workers together write {in_words(rate)} a second."
@@ -120,7 +121,8 @@ def _worlds(config: Config, index: Index, measured: Measured | None) -> list[str
         row += [str(batching.accumulation)]
         if measured is not None:
             taken = choose.simplest(there, measured).value
-            row += [taken, in_words(choose.needs_of(there, measured)[taken].total)]
+            need = choose.needs_of(there, measured).get(taken)
+            row += [taken, in_words(need.total)] if need else ["?", "?"]
         rows.append(tuple(row))
     columns = ("workers", "micro-batch", "accumulation", "auto takes", "a worker")
     return _table(columns[: len(rows[0])], rows)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from packed import write_packed
 
 from orchestrator import cli
@@ -30,6 +31,21 @@ def test_it_shows_memory_steps_and_the_choice(
     assert len(page.splitlines()) <= 40
     assert not ray.is_initialized()
     assert not (tmp_path / "runs").exists()
+
+
+def test_it_says_what_only_the_workers_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    index = write_packed(tmp_path / "data", train=75, val=12)
+    flags = ["--name", "x", "--storage_path", str(tmp_path), "--data.index", index.uri]
+    gpus = ["--scaling.gpus_per_worker", "1", "--scaling.num_workers", "2"]
+    assert cli.main(["plan", *flags, "--data.global_batch", "16", *gpus]) == 0
+    page = capsys.readouterr().out
+    assert "Strategy auto: the workers' GPUs decide: there is none here." in page
+    assert "A checkpoint takes under ddp 3.7 MB" in page
+    (row,) = (line for line in page.splitlines() if "(this run)" in line)
+    assert [cell.strip() for cell in row.split("|")][-3:] == ["?", "?", ""]
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(

@@ -24,6 +24,7 @@ from orchestrator.train.place import Place
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.saving.journal import RunFacts
 from orchestrator.train.saving.staging import Staging
+from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.choice import Choice
 from orchestrator.train.strategies.precision import choose_precision
 from orchestrator.train.validation.timetable import Timetable
@@ -56,6 +57,7 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
     job, index, feed, resumed = work.job, work.index, work.feed, work.resumed
     config, rank = job.config, ray.train.get_context().get_world_rank()
     step = resumed.step if resumed else 0
+    job = _with_strategy(job, len(index.classes), resumed, rank)
     pl.seed_everything(config.seed, verbose=False)
     module = model.build(config.model, num_classes=len(index.classes))
     _check_module(module, config, feed.batching.accumulation)
@@ -119,6 +121,21 @@ def _check_module(module: pl.LightningModule, config: Config, accumulation: int)
     )
 
 
+def _with_strategy(
+    job: Job, num_classes: int, resumed: checkpoint.Manifest | None, rank: int
+) -> Job:
+    """Let worker 0's GPU decide for all what the driver, which has none, left open."""
+    if job.strategy.value != choose.UNDECIDED:
+        return job
+    if resumed is not None:
+        choice = Choice(resumed.strategy, f"as before the resume at step {resumed.step}")
+        return dataclasses.replace(job, strategy=choice)
+    mine = choose.choose_here(job.config, num_classes=num_classes) if rank == 0 else None
+    # Plain words: the actor that passes them on would import Lightning for a Choice.
+    agreed = broadcast_from_rank_zero(dataclasses.astuple(mine) if mine else None)
+    return dataclasses.replace(job, strategy=Choice(*agreed))
+
+
 def _agree_on_precision(
     config: Config, module: pl.LightningModule, resumed: checkpoint.Manifest | None, rank: int
 ) -> Choice:
@@ -130,7 +147,6 @@ def _agree_on_precision(
         data = config.data
         num_workers = ray.train.get_context().get_world_size()
         batch = min(data.max_micro_batch, -(-data.global_batch // num_workers))
-        # Plain words: the actor that passes them on would import Lightning for a Choice.
         choice = dataclasses.astuple(
             choose_precision(
                 config.train.precision,
