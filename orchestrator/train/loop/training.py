@@ -20,6 +20,7 @@ from orchestrator.train.job import Job
 from orchestrator.train.loop.pushed import Pushed
 from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.loop.trainer import Batches, build_trainer
+from orchestrator.train.module import ImageClassifier
 from orchestrator.train.place import Place
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.saving.journal import RunFacts
@@ -96,8 +97,7 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
             spare_cpus=feeding.spare_cpus(job),
             accumulation=feed.batching.accumulation,
         )
-    if hasattr(module, "total_steps"):
-        module.total_steps = feed.batching.num_steps  # type: ignore[assignment]
+    _tell_length(module, feed.batching.num_steps)
     pushed = Pushed(work.loader, validation, recorder)
     trainer = build_trainer(
         job, recorder, work.loader, pushed, precision, scratch=work.staging.folder()
@@ -106,6 +106,12 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
         opened.callback(validation.close)
     with pushed.told():
         trainer.fit(module, datamodule=Batches(recorder, work.loader, validation))
+
+
+def _tell_length(module: pl.LightningModule, num_steps: int) -> None:
+    """Set the steps of our own module's schedule; a user's `total_steps` may mean anything."""
+    if isinstance(module, ImageClassifier):
+        module.total_steps = num_steps
 
 
 def _check_module(module: pl.LightningModule, config: Config, accumulation: int) -> None:

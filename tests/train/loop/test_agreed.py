@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any
 
 import pytest
+from numeric_modules import Plain
 
 from orchestrator.config import Config, ModelConfig, ScalingConfig
 from orchestrator.train.job import Job
 from orchestrator.train.loop import training
+from orchestrator.train.module import ImageClassifier
 from orchestrator.train.saving.checkpoint import Manifest
 from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.choice import Choice
@@ -59,3 +61,11 @@ def test_what_the_driver_or_a_checkpoint_says_is_kept() -> None:
     assert training._with_strategy(job(asked), 3, None, 1).strategy == asked
     resumed = training._with_strategy(job(LEFT), 3, manifest("zero1"), 0)
     assert str(resumed.strategy) == "zero1: as before the resume at step 7"
+
+
+def test_only_our_own_module_is_told_how_long_the_run_is() -> None:
+    ours, theirs = ImageClassifier(num_classes=3), Plain()
+    theirs.total_steps = "theirs"
+    for module in (ours, theirs):
+        training._tell_length(module, 40)
+    assert (ours.total_steps, theirs.total_steps) == (40, "theirs")
