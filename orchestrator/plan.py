@@ -7,8 +7,10 @@ from orchestrator.config import Config
 from orchestrator.data.feeds import training_feed
 from orchestrator.data.index import Index
 from orchestrator.data.source import Placement
+from orchestrator.data.sources import read_data
 from orchestrator.run import read_events, run_uri
-from orchestrator.train import preflight
+from orchestrator.train import launch
+from orchestrator.train.recovery import shrink
 from orchestrator.train.recovery.notice import NOTICE_MARGIN, NOTICE_S, Interval
 from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.capacity import held_by_reading
@@ -24,15 +26,14 @@ def describe(config: Config) -> str:
     Raises:
         UserError: the config cannot work, as `orchestrator train` would say.
     """
-    preflight.check_config(config)
-    index = preflight.check_data(config)
-    preflight.check_model(config, index)
-    choose.check_hardware(config)
-    num_classes = len(index.classes)
-    choice = choose.choose_strategy(config, num_classes=num_classes)
+    config = dataclasses.replace(config, data=launch.absolute(config.data))
+    choice = launch.check(config)
+    index, limits = read_data(config.data), shrink.limits_of(read_events(run_uri(config)), config)
+    config = shrink.limited(config, limits)
+    held = [f"{shrink.describe(limits)}.", ""] if limits else []
     measured: Measured | None = None
     try:
-        measured = measure(config.model, num_classes=num_classes)
+        measured = measure(config.model, num_classes=len(index.classes))
         memory = _memory(config, measured, choice.value)
     except Unmeasured as error:
         memory = [f"Its memory is not known beforehand: {error}."]
@@ -40,7 +41,7 @@ def describe(config: Config) -> str:
         [
             *(f"# {config.name}", "", _steps(config, index), ""),
             *(*memory, f"Strategy {choice}.", ""),
-            *(*_worlds(config, index, measured), "", _reading(config, index)),
+            *(*_worlds(config, index, measured), "", *held, _reading(config, index)),
         ]
     )
 

@@ -1,5 +1,7 @@
 """`orchestrator plan`: a page about a run that is not started."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,9 @@ import ray
 import torch
 from packed import write_packed
 
-from orchestrator import cli
+from orchestrator import cli, configfile
+from orchestrator.run import append_event, open_run
+from orchestrator.train import launch
 
 
 def test_it_shows_memory_steps_and_the_choice(
@@ -46,6 +50,27 @@ def test_it_says_what_only_the_workers_know(
     assert "A checkpoint takes under ddp 3.7 MB" in page
     (row,) = (line for line in page.splitlines() if "(this run)" in line)
     assert [cell.strip() for cell in row.split("|")][-3:] == ["?", "?", ""]
+
+
+def test_it_knows_a_run_that_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    index = write_packed(tmp_path / "data", train=75, val=12)
+    part = {"index": "data", "global_batch": 16, "max_micro_batch": 4, "image_size": 8}
+    assert Path(index.uri).resolve() == (tmp_path / "data").resolve()
+    text = f"name: x\nstorage_path: {tmp_path / 'runs'}\ndata: {json.dumps(part)}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    config = configfile.load(str(tmp_path / "run.yaml"))
+    run = open_run(dataclasses.replace(config, data=launch.absolute(config.data)))
+    fields = {"setting": "data.max_micro_batch", "asked": 4, "from": 4, "to": 2}
+    append_event(run, "out_of_memory", **fields)
+    assert cli.main(["plan", "--config", "run.yaml"]) == 0
+    page = capsys.readouterr().out
+    assert "data.max_micro_batch is held at 2: more ran out of memory" in page
+    assert "| 1 (this run) | 2 " in page
+    assert cli.main(["plan", "--config", "run.yaml", "--seed", "7"]) == 2
+    assert "belongs to another config: seed was 0 and is now 7" in capsys.readouterr().err
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(

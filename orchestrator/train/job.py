@@ -1,6 +1,7 @@
 """What the driver hands to every worker."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config import Config
@@ -29,5 +30,7 @@ class Job:
     """The phases of the start so far."""
     validation: Any = None
     """Handle of the process that validates beside training; None: the workers validate."""
+    limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Setting -> most samples at once, of those that ran out of memory; `config` has them."""
     resize_every_s: float = 60.0
     """Seconds of training before an elastic run looks whether there is room for more workers."""

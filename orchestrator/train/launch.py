@@ -113,7 +113,7 @@ def fit(
     """
     startup = startup or Startup(time.time())
     preflight.check_config(config)
-    config = dataclasses.replace(config, data=_absolute(config.data))
+    config = dataclasses.replace(config, data=absolute(config.data))
     strategy = check(config)
     run = run_uri(config)
     if preflight.is_finished(config, run):
@@ -191,7 +191,7 @@ def _check_memory(config: Config, *, share: int) -> None:
     check_memory(config, read_data(config.data), memory, slots=placement.slots)
 
 
-def _absolute(data: DataConfig) -> DataConfig:
+def absolute(data: DataConfig) -> DataConfig:
     """Name the data such that every process of the cluster finds it."""
     parts = tuple(
         dataclasses.replace(part, index=storage.absolute(part.index)) for part in data.mix
@@ -234,7 +234,7 @@ def _run_trainer(job: Job, *, callbacks: Sequence[ray.train.UserCallback]) -> No
             callbacks=[
                 FailurePolicy(job.run, job.lease, job.board, job.config.train),
                 NotePreemptions(job.run, job.board),
-                RememberMemory(job.run, job.board),
+                RememberMemory(job.run, job.board, job.config),
                 *callbacks,
             ],
         ),

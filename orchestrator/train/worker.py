@@ -86,9 +86,9 @@ def _prepare_process(job: Job) -> None:
 def _fitting(job: Job) -> Job:
     """Return the job with micro-batches as small as earlier starts learnt that they must be."""
     first = ray.train.get_context().get_world_rank() == 0
-    limits = shrink.limits_of(read_events(job.run)) if first else {}
+    limits = shrink.limits_of(read_events(job.run), job.config) if first else {}
     agreed: dict[str, int] = broadcast_from_rank_zero(limits)
-    return dataclasses.replace(job, config=shrink.limited(job.config, agreed))
+    return dataclasses.replace(job, config=shrink.limited(job.config, agreed), limits=agreed)
 
 
 def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest | None:

@@ -22,6 +22,7 @@ from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.loop.trainer import Batches, build_trainer
 from orchestrator.train.module import ImageClassifier
 from orchestrator.train.place import Place
+from orchestrator.train.recovery import shrink
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.saving.journal import RunFacts
 from orchestrator.train.saving.staging import Staging
@@ -87,16 +88,7 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
     start = (resumed, work.folder) if resumed else None
     recorder = Recorder(facts, work.loader, validation, start)
     if rank == 0:
-        append_event(
-            job.run,
-            "decided",
-            precision=str(precision),
-            strategy=str(job.strategy),
-            decode_slots=f"{work.placement.slots}: {work.placement.reason}",
-            slots=work.placement.slots,
-            spare_cpus=feeding.spare_cpus(job),
-            accumulation=feed.batching.accumulation,
-        )
+        _tell_decisions(work, job, precision)
     _tell_length(module, feed.batching.num_steps)
     pushed = Pushed(work.loader, validation, recorder)
     trainer = build_trainer(
@@ -106,6 +98,23 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
         opened.callback(validation.close)
     with pushed.told():
         trainer.fit(module, datamodule=Batches(recorder, work.loader, validation))
+
+
+def _tell_decisions(work: Work, job: Job, precision: Choice) -> None:
+    batching, placement, limits = work.feed.batching, work.placement, shrink.describe(job.limits)
+    if limits:
+        job.board.say.remote(limits)
+    append_event(
+        job.run,
+        "decided",
+        precision=str(precision),
+        strategy=str(job.strategy),
+        decode_slots=f"{placement.slots}: {placement.reason}",
+        micro_batch=f"{batching.micro_batch}: {limits or 'as data.max_micro_batch allows'}",
+        slots=placement.slots,
+        spare_cpus=feeding.spare_cpus(job),
+        accumulation=batching.accumulation,
+    )
 
 
 def _tell_length(module: pl.LightningModule, num_steps: int) -> None:

@@ -1,6 +1,9 @@
 """Out of memory: which errors say so, and what a run remembers of them."""
 
 import pickle
+import types
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import torch
 
 from orchestrator.config import Config, DataConfig
 from orchestrator.overrides import config_digest
+from orchestrator.run import read_events
+from orchestrator.storage import StorageError
 from orchestrator.train.recovery import shrink
 from orchestrator.train.recovery.errors import OutOfMemory, is_out_of_memory
 
@@ -50,7 +55,7 @@ EVENTS = [
 
 def test_a_run_keeps_the_smallest_and_stays_the_same_run() -> None:
     config = Config(data=DataConfig(global_batch=13, max_micro_batch=8, eval_batch=64))
-    limits = shrink.limits_of(EVENTS)
+    limits = shrink.limits_of(EVENTS, config)
     lowered = shrink.limited(config, limits)
     assert (lowered.data.max_micro_batch, lowered.data.eval_batch) == (1, 20)
     assert lowered.data.global_batch == 13
@@ -59,6 +64,58 @@ def test_a_run_keeps_the_smallest_and_stays_the_same_run() -> None:
     # What the user has since lowered further stays lower.
     small = Config(data=DataConfig(max_micro_batch=2, eval_batch=8))
     assert shrink.limited(small, limits).data.eval_batch == 8
+
+
+def test_a_limit_holds_while_the_same_is_asked_for() -> None:
+    events = [{**EVENTS[1], "asked": 8}, {**EVENTS[3], "asked": 64}]
+    asked = Config(data=DataConfig(max_micro_batch=8, eval_batch=64))
+    assert shrink.limits_of(events, asked) == {shrink.MICRO_BATCH: 3, shrink.EVAL_BATCH: 20}
+    for other in (6, 16):
+        changed = Config(data=DataConfig(max_micro_batch=other, eval_batch=64))
+        assert shrink.limits_of(events, changed) == {shrink.EVAL_BATCH: 20}
+    assert shrink.describe({shrink.MICRO_BATCH: 3}).startswith("data.max_micro_batch is held at 3:")
+    assert shrink.describe({}) == ""
+
+
+class Board:
+    """Stands for the handle of the board's actor."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    @property
+    def say(self) -> Any:
+        return types.SimpleNamespace(remote=self.said.append)
+
+
+def remember(callback: shrink.RememberMemory, size: int) -> None:
+    callback.after_exception(None, {1: OutOfMemory(shrink.MICRO_BATCH, size, 2, "no room")})
+
+
+def test_what_did_not_fit_is_written_once_with_what_was_asked_for(tmp_path: Path) -> None:
+    board, config = Board(), Config(data=DataConfig(max_micro_batch=8))
+    callback = shrink.RememberMemory(str(tmp_path), board, config)
+    for size in (7, 7, 3):
+        remember(callback, size)
+    events = read_events(str(tmp_path))
+    assert [(e["from"], e["to"], e["asked"]) for e in events] == [(7, 3, 8), (3, 1, 8)]
+    assert len(board.said) == 2
+
+
+def test_storage_that_does_not_take_it_ends_the_run_at_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(shrink, "append_event", refuse)
+    board = Board()
+    callback = shrink.RememberMemory(str(tmp_path), board, Config())
+    remember(callback, 7)
+    assert len(board.said) == 1
+    remember(callback, 5)
+    with pytest.raises(StorageError):
+        remember(callback, 5)
 
 
 def test_a_result_says_what_was_asked_for_and_what_was_used() -> None:
