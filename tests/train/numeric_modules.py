@@ -65,6 +65,24 @@ class Direct(Plain):
         optimizer.step()
 
 
+class Twice(Plain):
+    """Optimizes by hand, in two steps of two optimizers; notes what Lightning counts."""
+
+    def __init__(self) -> None:
+        super().__init__("manual", lr=0.1)
+        self.noted["counted"] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.noted["counted"].append(self.trainer.global_step)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [SGD(self.net[i].parameters(), lr=self.lr) for i in (0, 4)]
+
+
 class NotFinite(Plain):
     """Goes wrong at one sample of the stream: in the loss, or only in the gradient."""
 

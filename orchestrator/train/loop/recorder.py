@@ -86,9 +86,9 @@ class Recorder(pl.callbacks.Checkpoint):
         rank = trainer.global_rank
         self._consumed = Consumed(rank, self.facts.samples_per_epoch, self._config.data.audit)
         manifest, folder = self._resumed or (None, None)
+        state.set_progress(trainer, step=self.step, epoch=self.epoch)
         if folder is not None:
             state.restore_state(trainer, folder)
-        state.set_progress(trainer, step=self.step, epoch=self.epoch)
         self.committer = Committer(
             self.facts.run,
             rank=rank,

@@ -62,7 +62,7 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
     job = _with_strategy(job, len(index.classes), resumed, rank)
     pl.seed_everything(config.seed, verbose=False)
     module = model.build(config.model, num_classes=len(index.classes))
-    _check_module(module, config, feed.batching.accumulation)
+    _check_module(module, job)
     job.startup.mark("model")
     precision = _agree_on_precision(config, module, resumed, rank)
     job.startup.mark("precision")
@@ -123,17 +123,30 @@ def _tell_length(module: pl.LightningModule, num_steps: int) -> None:
         module.total_steps = num_steps
 
 
-def _check_module(module: pl.LightningModule, config: Config, accumulation: int) -> None:
-    if module.automatic_optimization or (
-        accumulation == 1 and config.train.gradient_clip_norm is None
-    ):
+def _check_module(module: pl.LightningModule, job: Job) -> None:
+    """Hold a module that optimizes by hand against what Lightning then leaves to it.
+
+    At the fewest workers: an elastic run must not end where it shrinks.
+    """
+    if module.automatic_optimization:
         return
-    raise UserError(
-        f"model.class_path={config.model.class_path!r} has automatic_optimization False, so "
-        f"Lightning neither accumulates its {accumulation} micro-batches a step nor clips its "
-        "gradient; raise data.max_micro_batch or scaling.num_workers, and set "
-        "train.gradient_clip_norm to null."
-    )
+    data, fewest = job.config.data, job.config.scaling.min_workers
+    by_hand = f"model.class_path={job.config.model.class_path!r} has automatic_optimization False"
+    share = -(-data.global_batch // fewest)
+    if share > data.max_micro_batch:
+        remedy = f"raise data.max_micro_batch to {share}, or scaling.num_workers"
+        if shrink.MICRO_BATCH in job.limits:
+            remedy = "more ran out of memory, so raise scaling.num_workers, or take a smaller model"
+        raise UserError(
+            f"{by_hand}, so that its share of a step must be one micro-batch, but on {fewest} "
+            f"workers that is {share} samples and data.max_micro_batch is {data.max_micro_batch}; "
+            f"{remedy}."
+        )
+    if job.config.train.gradient_clip_norm is not None:
+        raise UserError(
+            f"{by_hand}, so that Lightning does not clip its gradient; set "
+            f"train.gradient_clip_norm={job.config.train.gradient_clip_norm:g} to null."
+        )
 
 
 def _with_strategy(

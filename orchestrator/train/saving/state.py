@@ -54,6 +54,7 @@ def capture_state(trainer: pl.Trainer, folder: Path) -> State:
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "callbacks": {key: value for key, value in callbacks.items() if value},
         "precision": trainer.precision_plugin.state_dict(),
+        "global_step": trainer.global_step,
         "module": hooked,
         EXTRA_WEIGHTS: extra,
     }
@@ -109,7 +110,7 @@ def kinds_in(state: Any) -> set[type]:
 
 
 def restore_state(trainer: pl.Trainer, folder: Path) -> None:
-    """Read back what `write_state` wrote; all workers call it."""
+    """Read back what `write_state` wrote, after `set_progress`; all workers call it."""
     strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]
     state = read_tensors(folder / TRAINER_FILE)
     hooked = {**state["module"], "state_dict": read_weights(folder)}
@@ -125,6 +126,9 @@ def restore_state(trainer: pl.Trainer, folder: Path) -> None:
             callback.load_state_dict(saved if own is None else {**saved, "patience": own})
         callback.on_load_checkpoint(trainer, trainer.lightning_module, hooked)
     trainer.precision_plugin.load_state_dict(state["precision"])
+    # Where a module steps several optimizers by hand, Lightning counts each; older files lack it.
+    by_hand = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    by_hand.completed = state.get("global_step", by_hand.completed)
 
 
 def load_module(module: pl.LightningModule, folder: Path) -> None:

@@ -6,10 +6,18 @@ from typing import Any
 import pytest
 from numeric_modules import Plain
 
-from orchestrator.config import Config, ModelConfig, ScalingConfig
+from orchestrator.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ScalingConfig,
+    TrainConfig,
+    UserError,
+)
 from orchestrator.train.job import Job
 from orchestrator.train.loop import training
 from orchestrator.train.module import ImageClassifier
+from orchestrator.train.recovery import shrink
 from orchestrator.train.saving.checkpoint import Manifest
 from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.choice import Choice
@@ -19,11 +27,12 @@ from orchestrator.train.timing.startup import Startup
 LEFT = Choice("auto", "the workers' GPUs decide")
 
 
-def job(strategy: Choice) -> Job:
+def job(strategy: Choice = LEFT, **changes: Any) -> Job:
     config = Config(
         model=ModelConfig(init_args={"arch": "tiny_resnet"}),
         scaling=ScalingConfig(num_workers=8, gpus_per_worker=1),
     )
+    config = dataclasses.replace(config, **changes)
     return Job(
         run="",
         config=config,
@@ -69,3 +78,23 @@ def test_only_our_own_module_is_told_how_long_the_run_is() -> None:
     for module in (ours, theirs):
         training._tell_length(module, 40)
     assert (ours.total_steps, theirs.total_steps) == (40, "theirs")
+
+
+def test_a_module_that_optimizes_by_hand_must_hold_its_share_on_the_fewest_workers() -> None:
+    by_hand = Plain("manual")
+    data = DataConfig(global_batch=16, max_micro_batch=8)
+    scaling = ScalingConfig(num_workers=(1, 4))
+    enough = job(data=data, scaling=ScalingConfig(num_workers=(2, 4)))
+    training._check_module(by_hand, enough)
+    training._check_module(Plain(), job(data=data, scaling=scaling))
+    short = job(data=data, scaling=scaling)
+    with pytest.raises(
+        UserError, match=r"on 1 workers that is 16 .* raise data.max_micro_batch to"
+    ):
+        training._check_module(by_hand, short)
+    limited = dataclasses.replace(short, limits={shrink.MICRO_BATCH: 8})
+    with pytest.raises(UserError, match=r"more ran out of memory, so raise scaling\.num_workers"):
+        training._check_module(by_hand, limited)
+    clipped = job(data=data, scaling=enough.config.scaling, train=TrainConfig(gradient_clip_norm=1))
+    with pytest.raises(UserError, match=r"set train.gradient_clip_norm=1 to null"):
+        training._check_module(by_hand, clipped)

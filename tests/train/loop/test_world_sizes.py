@@ -163,6 +163,15 @@ def test_the_samples_of_a_step_are_the_same_at_any_world_size(outcomes: Outcomes
     assert 2 < len(consumed(1)) < GLOBAL_BATCH
 
 
+def test_steps_by_hand_are_counted_on_after_a_resume(index: Index, tmp_path: Path) -> None:
+    config = make_config(index, "Twice", micro=GLOBAL_BATCH)
+    starts = [Start(run=str(tmp_path), config=config, stop_after=n) for n in (5, None)]
+    before, after = (workers[0].noted["counted"] for workers in train(1, *starts))
+    assert before == [0, 2, 4, 6, 8]
+    assert after[0] == 2 * 4  # the checkpoint of step 4
+    assert after == [2 * step for step in range(4, 4 + len(after))]
+
+
 def test_an_optimizer_that_is_stepped_past_lightning_is_refused(
     index: Index, tmp_path: Path
 ) -> None:

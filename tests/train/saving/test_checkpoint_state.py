@@ -90,8 +90,8 @@ class Saves(pl.callbacks.Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.resumed:
-            state.restore_state(trainer, self.resumed)
             state.set_progress(trainer, step=SAVED, epoch=0)
+            state.restore_state(trainer, self.resumed)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == SAVED and not self.resumed:
