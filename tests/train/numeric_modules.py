@@ -65,6 +65,13 @@ class Direct(Plain):
         optimizer.step()
 
 
+class Skips(Plain):
+    """Leaves one micro-batch in the middle of a step out, in the way that Lightning documents."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+
 class Twice(Plain):
     """Optimizes by hand, in two steps of two optimizers; notes what Lightning counts."""
 

@@ -75,11 +75,16 @@ class Guard(pl.Callback):
     ) -> None:
         """Note a loss; in manual optimization there may be several of one micro-batch."""
         assert self._loader.current is not None
+        self._has_loss = True
         self._step.losses.append((self._loader.current.batch.ids, loss.detach()))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember how often the optimizers have stepped."""
         self._stepped = trainer.global_step
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Expect a loss."""
+        self._has_loss = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -87,9 +92,16 @@ class Guard(pl.Callback):
         """Close the step, and look where it is time to.
 
         Raises:
-            UserError: a module that optimizes by hand goes past what weights its loss.
+            UserError: a module leaves a micro-batch out, or, where it optimizes by hand, goes past
+                what weights its loss.
         """
         assert self._loader.current is not None
+        if pl_module.automatic_optimization and not self._has_loss:
+            raise UserError(
+                f"{type(pl_module).__name__}.training_step returned no loss, but every sample is "
+                "learnt from once and the workers wait for each other's gradients; return a loss "
+                "for each micro-batch, e.g. loss * 0 for one to leave out."
+            )
         if trainer.global_step > self._stepped and not self._step.losses:
             raise UserError(
                 f"{type(pl_module).__name__}.training_step steps its optimizer without "

@@ -172,9 +172,16 @@ def test_steps_by_hand_are_counted_on_after_a_resume(index: Index, tmp_path: Pat
     assert after == [2 * step for step in range(4, 4 + len(after))]
 
 
-def test_an_optimizer_that_is_stepped_past_lightning_is_refused(
-    index: Index, tmp_path: Path
+@pytest.mark.parametrize(
+    ("module", "micro", "said"),
+    [
+        ("Direct", GLOBAL_BATCH, "self.manual_backward(loss)"),
+        ("Skips", 2, "Skips.training_step returned no loss, "),
+    ],
+)
+def test_a_module_that_learns_past_the_weighted_loss_is_refused(
+    index: Index, tmp_path: Path, module: str, micro: int, said: str
 ) -> None:
-    config = make_config(index, "Direct", micro=GLOBAL_BATCH)
-    ended = train(2, Start(run=str(tmp_path / "direct"), config=config))[0]
-    assert all("self.manual_backward(loss)" in each.error for each in ended)
+    config = make_config(index, module, micro=micro)
+    ended = train(2, Start(run=str(tmp_path / module), config=config))[0]
+    assert all(said in each.error for each in ended)
