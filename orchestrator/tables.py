@@ -120,6 +120,7 @@ def _result_rows(files: RunFiles) -> Iterator[tuple[str, str]]:
         ("Read from buckets", _traffic(result.get("storage") or {})),
         ("Restarts", _number(result.get("restarts"))),
         ("Out of memory", _shrunk(result.get("micro_batch") or {})),
+        ("Steps skipped by fp16", _number(result.get("skipped_steps") or None)),
         ("Quarantined images", _number(files.num_quarantined)),
         ("Wall time", _duration(result.get("wall_s"))),
     ]

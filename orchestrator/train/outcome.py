@@ -98,6 +98,7 @@ def _result(run: str, config: Config, *, now: float) -> dict[str, Any]:
         "data_wait_share": last.stats["wait_s"] / train_s,
         "restarts": max(0, len(starts) - 1),
         "preemptions": sum(event["event"] == "preempted" for event in events),
+        "skipped_steps": int(last.stats.get("skipped_steps", 0)),
         "quarantined": int(last.stats["bad"]),
         "storage": {name: last.stats.get(name, 0) for name in _STORAGE},
         "wall_s": _wall_s(events, now),

@@ -15,6 +15,8 @@ from typing import Any
 import pytorch_lightning as pl
 import ray.train.torch  # noqa: F401  (Lightning's Ray strategies look it up)
 import torch
+from deepspeed.accelerator import get_accelerator
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "jobs"))
@@ -137,6 +139,16 @@ def open_loader(feed: Feed, config: Config, *, rank: int, step: int) -> Loader:
     )
 
 
+def _fp16_on_cpu(config: Config) -> list[MixedPrecision]:
+    """Allow what Lightning's flag and DeepSpeed refuse on CPUs; PyTorch computes it, if slowly."""
+    if config.train.precision != "16":
+        return []
+    if config.train.strategy != "ddp":
+        get_accelerator().is_fp16_supported = lambda: True
+        return []
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+
+
 def _train(start: Start, rank: int, num_workers: int) -> Ended:
     torch.manual_seed(0)
     os.environ.update(start.env)
@@ -186,8 +198,8 @@ def _train(start: Start, rank: int, num_workers: int) -> Ended:
         accelerator="cpu",
         devices=num_workers,
         strategy=strategy,
-        plugins=[TorchElasticEnvironment()],
-        precision=lightning_precision(config.train.precision),
+        plugins=[TorchElasticEnvironment(), *_fp16_on_cpu(config)],
+        precision=None if _fp16_on_cpu(config) else lightning_precision(config.train.precision),
         max_epochs=config.train.max_epochs,
         accumulate_grad_batches=loader.batching.accumulation,
         gradient_clip_val=config.train.gradient_clip_norm,

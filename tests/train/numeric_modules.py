@@ -111,6 +111,19 @@ class NotFinite(Plain):
         return loss * float(self.wrong)
 
 
+class Steep(Plain):
+    """Its gradient, scaled as fp16 scales first, overflows; with `at_any_scale`, at any."""
+
+    def __init__(self, at_any_scale: bool = False) -> None:
+        super().__init__(lr=1e-5, scale=1e3)
+        self.at_any_scale = at_any_scale
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        loss = super().loss(batch)
+        # 0 itself, but its derivative is infinite.
+        return loss + (loss * 0).sqrt() if self.at_any_scale and self.training else loss
+
+
 class Scheduled(Plain):
     """Learns at a rate that one of PyTorch's schedules sets, as its users write them."""
 

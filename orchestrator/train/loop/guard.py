@@ -8,9 +8,9 @@ The norm is what finds the step of a gradient that is not finite where the loss 
 derivative of a square root at 0): the next loss would show it too, but name the next step's
 samples. It costs 2.4 ms a step for the 11.7 million weights of a ResNet-18 on one CPU core. Under
 fp16 with loss scaling infinite gradients are part of the method, and their steps are skipped, so
-that the weights stay finite; a loss that is none is a failure there too. DeepSpeed skips such steps
-in every precision and tells nobody: outside of fp16 that is as good as weights that are lost, since
-the step's samples would count as learnt.
+that the weights stay finite: only many in a row are a failure, and a loss that is no number.
+DeepSpeed skips such steps in every precision and tells nobody: outside of fp16 that is as good as
+weights that are lost, since the step's samples would count as learnt.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ import torch
 from orchestrator.config import UserError
 from orchestrator.data.loader import Loader
 from orchestrator.run import append_event
+from orchestrator.train.loop.skips import MOST_IN_A_ROW, Skips
 from orchestrator.train.recovery.errors import Diverged
 from orchestrator.train.strategies.strategy import ModelStrategy
 from orchestrator.train.tally import gather
@@ -63,10 +64,12 @@ class Guard(pl.Callback):
         run: URI of the run's folder.
         loader: this worker's training batches.
         step: optimizer steps done before.
+        skipped: those of them that fp16 skipped.
     """
 
-    def __init__(self, run: str, loader: Loader, *, step: int) -> None:
+    def __init__(self, run: str, loader: Loader, *, step: int, skipped: int = 0) -> None:
         self._run, self._loader = run, loader
+        self.skips = Skips(skipped)
         self._step = _Step(step + 1)
         self._steps: list[_Step] = []
 
@@ -81,6 +84,7 @@ class Guard(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember how often the optimizers have stepped."""
         self._stepped = trainer.global_step
+        self.skips.start(trainer)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Expect a loss."""
@@ -97,10 +101,11 @@ class Guard(pl.Callback):
         """
         assert self._loader.current is not None
         if pl_module.automatic_optimization and not self._has_loss:
+            # On one worker: Lightning itself refuses it on several, which wait for each other.
             raise UserError(
-                f"{type(pl_module).__name__}.training_step returned no loss, but every sample is "
-                "learnt from once and the workers wait for each other's gradients; return a loss "
-                "for each micro-batch, e.g. loss * 0 for one to leave out."
+                f"{type(pl_module).__name__}.training_step returned no loss, so that a micro-batch "
+                "counts as learnt which was not; return a loss for each one, e.g. loss * 0 for one "
+                "to leave out."
             )
         if trainer.global_step > self._stepped and not self._step.losses:
             raise UserError(
@@ -115,6 +120,7 @@ class Guard(pl.Callback):
         lost = strategy.has_skipped and trainer.precision != "16-mixed"
         self._step.norm = torch.tensor(math.nan) if lost else _norm(strategy.trained())
         self._steps.append(self._step)
+        self.skips.note(trainer)
         self._step = _Step(self._step.number + 1)
         if len(self._steps) >= _LOOK_EVERY_STEPS:
             self.look(trainer)
@@ -127,23 +133,26 @@ class Guard(pl.Callback):
         """Read what was noted since the last look; all workers call it.
 
         Raises:
-            Diverged: a loss or the weights were not finite, the same on all workers.
+            Diverged: a loss or the weights were not finite, or no step changed anything any more;
+                the same on all workers.
         """
         steps, self._steps = self._steps, []
         if not steps:
             return
+        self.skips.look()
         device = trainer.strategy.root_device
         mine = torch.tensor(_first(steps, device), device=device)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MIN)
         number = int(mine)
-        if number == _NEVER:
+        is_stuck = number == _NEVER and self.skips.in_a_row >= MOST_IN_A_ROW
+        if number == _NEVER and not is_stuck:
             return
-        step = next(step for step in steps if step.number == number)
+        step = next((step for step in steps if step.number == number), steps[-1])
         seen: list[_Seen] = gather(trainer, _account(step))
-        problem = _sentence(number, seen)
+        problem = _stuck(step.number, seen) if is_stuck else _sentence(number, seen)
         if trainer.global_rank == 0:
-            self._tell(number, seen, problem)
+            self._tell(step.number, seen, problem)
         raise Diverged(problem)
 
     def _tell(self, number: int, seen: list[_Seen], problem: str) -> None:
@@ -207,6 +216,16 @@ def _sentence(number: int, seen: list[_Seen]) -> str:
         f"update of step {number} is not finite although its loss is: its gradient is nan or "
         f"infinite, over {_named(ids)}; lower the learning rate, or look for an operation without "
         "a finite derivative, such as the square root of 0"
+    )
+
+
+def _stuck(number: int, seen: list[_Seen]) -> str:
+    ids = [i for each in seen for i in each.step_ids]
+    return (
+        f"updates of the last {MOST_IN_A_ROW} steps up to step {number} were all skipped: fp16 "
+        f"holds their gradients at no scale of the loss, the last over {_named(ids)}; take "
+        "train.precision bf16 or 32, lower the learning rate, or look for an operation without a "
+        "finite derivative"
     )
 
 

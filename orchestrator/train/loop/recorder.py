@@ -32,6 +32,9 @@ _SLOW_READ_S = 10.0
 # How long a save that is under way may hold up the end of a run, and that of a failing one.
 _CLOSE_S, _CLOSE_FAILED_S = 600.0, 5.0
 
+# Of a manifest's stats: steps whose gradient fp16 could not hold, which changed nothing.
+_SKIPPED = "skipped_steps"
+
 
 class Recorder(pl.callbacks.Checkpoint):
     """Counts steps by what the loader delivered, commits checkpoints, reports to Ray and the board.
@@ -78,7 +81,8 @@ class Recorder(pl.callbacks.Checkpoint):
         self.metrics = Metrics(resumed[1] if resumed else None)
         self._tally = Tally(max_bad_fraction=self._config.data.max_bad_fraction)
         self._poster = Poster(facts, loader.batching, self.pace)
-        self.guard = Guard(facts.run, loader, step=self.step)
+        skipped = int(totals.get(_SKIPPED, 0))
+        self.guard = Guard(facts.run, loader, step=self.step, skipped=skipped)
         self.clocks = Clocks(facts.run, loader, self.pace, totals, step=self.step)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -283,7 +287,7 @@ class Recorder(pl.callbacks.Checkpoint):
             precision=facts.precision,
             config_digest=config_digest(facts.config),
             index_digest=facts.index_digest,
-            stats=self.clocks.totals(trainer),
+            stats={**self.clocks.totals(trainer), _SKIPPED: self.guard.skips.total},
             files=(),
             stopping=self.standing.record(facts.config.train.early_stopping),
             pending=self.pending,

@@ -30,6 +30,8 @@ GRADIENTS = {
 CLIPPED = {
     **{(s, "32"): {"strategy": s, "clip": CLIP, "scale": 10.0} for s in STRATEGIES},
     ("ddp", "bf16"): {"strategy": "ddp", "clip": CLIP, "scale": 10.0, "precision": "bf16"},
+    # Not tenfold: the first scale of the loss, 65536, would be too large for it.
+    ("ddp", "16"): {"strategy": "ddp", "clip": CLIP, "precision": "16"},
 }
 Outcomes = dict[tuple[int, Any], list[Ended]]
 
