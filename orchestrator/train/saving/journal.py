@@ -34,6 +34,8 @@ _QUARANTINE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("uri", "id", "reason", "first_bytes")]
     + [("epoch", pa.int64())]
 )
+# Each save of new rows adds one; one of 400,000 rows is made of them in some 5 ms.
+_MAX_CHUNKS = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,9 @@ class RunFacts:
     """Token of this start's lease on the run."""
 
 
-def _encode(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+def _encode(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
+    pq.write_table(table, buffer)
     return buffer.getvalue()
 
 
@@ -77,7 +79,11 @@ class Metrics:
     """
 
     def __init__(self, resumed: Path | None) -> None:
-        self._rows = _read(resumed / METRICS_FILE) if resumed else []
+        path = resumed / METRICS_FILE if resumed else None
+        found = pq.read_table(path) if path and path.exists() else METRICS_SCHEMA.empty_table()
+        self._table = found.cast(METRICS_SCHEMA)
+        self._columns: list[list[Any]] = [[] for _ in METRICS_SCHEMA]
+        """Of what was noted since the table last grew."""
         self._follower: Follower | None = None
 
     def follow(self, follower: Follower) -> None:
@@ -86,20 +92,37 @@ class Metrics:
 
     def add(self, values: dict[str, float], *, step: int, epoch: int, samples: int) -> None:
         """Note values that hold after `step` steps."""
-        at = {"step": step, "epoch": epoch, "samples": samples, "time": time.time()}
-        self._rows += [{**at, "name": name, "value": value} for name, value in values.items()]
+        num, now = len(values), time.time()
+        new = ([step] * num, [epoch] * num, [samples] * num, [now] * num, values, values.values())
+        for column, more in zip(self._columns, new, strict=True):
+            column += more
         if self._follower is not None and values:
             self._follower(values, {"step": step, "epoch": epoch, "samples": samples})
 
     def frozen(self) -> "Metrics":
         """Return what is noted by now; later values do not reach it."""
+        self._fold()
         copied = Metrics(None)
-        copied._rows = list(self._rows)
+        copied._table = self._table
         return copied
 
     def encode(self) -> bytes:
         """Return the content of `metrics.parquet`."""
-        return _encode(self._rows, METRICS_SCHEMA)
+        self._fold()
+        return _encode(self._table)
+
+    def _fold(self) -> None:
+        """Let the table grow: of rows in Python, each save would convert all there ever were.
+
+        That took the step loop's interpreter for 0.5 s at 400,000 rows.
+        """
+        if not self._columns[0]:
+            return
+        new = pa.table(self._columns, schema=METRICS_SCHEMA)
+        self._table = pa.concat_tables([self._table, new])
+        self._columns = [[] for _ in METRICS_SCHEMA]
+        if self._table.column(0).num_chunks > _MAX_CHUNKS:
+            self._table = self._table.combine_chunks()
 
 
 @dataclasses.dataclass
@@ -114,7 +137,7 @@ class Part:
     def write(self, run: str) -> None:
         """Write them, under a name that a second try writes over."""
         folder = storage.join(run, "samples", f"step-{self.step:08d}")
-        content = _encode(self.rows, _SAMPLES_SCHEMA)
+        content = _encode(pa.Table.from_pylist(self.rows, schema=_SAMPLES_SCHEMA))
         storage.write_atomic(storage.join(folder, f"rank-{self.rank:05d}.parquet"), content)
         self.written = True
 
@@ -176,7 +199,8 @@ class Quarantine:
 
     def encode(self) -> bytes:
         """Return the content of `quarantine.parquet`."""
-        return _encode(list(self._rows.values()), _QUARANTINE_SCHEMA)
+        rows = list(self._rows.values())
+        return _encode(pa.Table.from_pylist(rows, schema=_QUARANTINE_SCHEMA))
 
 
 def upload_logs(run: str, logger: Logger | None) -> None:
