@@ -4,9 +4,11 @@
 
 For each size a model trains with AdamW (weights, and twice as much optimizer state) on the CPU. In
 turns it saves in line (serialise, checksum, upload, manifest, then the next step) and the way
-`orchestrator train` does; both write the same files. Prints medians and the range of the turns:
-the pause of either way, the first pause (fresh buffers), and by how much the steps beside the
-upload were slower in sum: on a GPU nothing competes with them, here the writer needs their cores.
+`orchestrator train` does; both write the same files, with the table of metrics that a run of 20,000
+steps has logged. Prints medians and the range of the turns:
+the pause of either way, the first pause (fresh buffers), by how much the steps beside the upload
+were slower in sum (on a GPU nothing competes with them, here the writer needs their cores), and
+what the table of metrics takes of that.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from torch import nn
 
 from orchestrator import storage
 from orchestrator.config import CheckpointConfig
+from orchestrator.run import METRICS_FILE
 from orchestrator.train.saving import checkpoint, state
 from orchestrator.train.saving.checkpoint import Manifest
 from orchestrator.train.saving.commit import Committer
@@ -37,6 +40,9 @@ from orchestrator.train.strategies.tensors import (
 WIDTH = 1024
 BATCH = 64
 STEPS_BETWEEN = 3
+# 20,000 steps, twenty values at each: 400,000 rows.
+LOGGED_STEPS = 20_000
+LOGGED = [f"metric_{i}" for i in range(20)]
 
 
 class Training:
@@ -66,6 +72,20 @@ class Training:
         }
 
 
+def log(metrics: Metrics, step: int) -> None:
+    """Note the values of a step."""
+    values = {name: (step + i) / 7 for i, name in enumerate(LOGGED)}
+    metrics.add(values, step=step, epoch=0, samples=step * BATCH)
+
+
+def logged() -> Metrics:
+    """Return the metrics of a long run that goes on."""
+    metrics = Metrics(None)
+    for step in range(LOGGED_STEPS):
+        log(metrics, step)
+    return metrics.frozen()
+
+
 def manifest(step: int) -> Manifest:
     """Return a manifest without files."""
     return Manifest(
@@ -82,8 +102,9 @@ class Bench:
         self.training = Training(megabytes)
         self.number = 0
         self.consumed = Consumed(0, 1, audit=False)
+        self.metrics = logged()
         books = Books(
-            metrics=Metrics(None),
+            metrics=self.metrics,
             quarantine=Quarantine(None),
             upload_logs=lambda: None,
             say=print,
@@ -104,6 +125,9 @@ class Bench:
         began, point = time.perf_counter(), manifest(self.number)
         folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-"))
         state.write_state(self.training.capture(), folder)
+        table = self.metrics.encode()
+        (folder / METRICS_FILE).write_bytes(table)
+        storage.write_atomic(storage.join(self.run, METRICS_FILE), table)
         files = checkpoint.store_files(folder, checkpoint.checkpoint_uri(self.run, point.step))
         checkpoint.commit(self.run, Manifest(**{**vars(point), "files": tuple(files)}))
         shutil.rmtree(folder)
@@ -127,6 +151,15 @@ class Bench:
             slowed += self.training.step() - alone
         return pause, slowed
 
+    def table(self) -> tuple[float, float]:
+        """Log a step; return the seconds in which the table is copied, and is encoded."""
+        log(self.metrics, self.number)
+        began = time.perf_counter()
+        copied = self.metrics.frozen()
+        between = time.perf_counter()
+        copied.encode()
+        return between - began, time.perf_counter() - between
+
     def turns(self, count: int) -> tuple[list[float], list[float], list[float]]:
         """Return the pauses in line, the pauses beside, and the slow-downs."""
         lines, pauses, slowdowns = [], [], []
@@ -148,7 +181,7 @@ def checkpoint_is_missing(run: str, step: int) -> bool:
     return not storage.exists(location)
 
 
-def shown(seconds: list[float]) -> str:
+def shown(seconds: Sequence[float]) -> str:
     """Return median and range."""
     return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
 
@@ -168,6 +201,8 @@ def main(announce: Callable[[str], None] = print) -> None:
             share = statistics.median(pauses) / statistics.median(lines)
             announce(f"  pause in line {shown(lines)}, beside {shown(pauses)}: {share:.1%}")
             announce(f"  steps beside the writing slower by {shown(slowdowns)} in sum")
+            copies, codes = zip(*(bench.table() for _ in range(args.turns)), strict=True)
+            announce(f"  of metrics: pause {shown(copies)}, beside {shown(codes)}")
             bench.committer.close(60)
             storage.delete_folder(bench.run)
 
