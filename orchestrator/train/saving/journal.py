@@ -92,8 +92,8 @@ class Metrics:
 
     def add(self, values: dict[str, float], *, step: int, epoch: int, samples: int) -> None:
         """Note values that hold after `step` steps."""
-        num, now = len(values), time.time()
-        new = ([step] * num, [epoch] * num, [samples] * num, [now] * num, values, values.values())
+        at = [[each] * len(values) for each in (step, epoch, samples, time.time())]
+        new: list[list[Any]] = [*at, list(values), list(values.values())]
         for column, more in zip(self._columns, new, strict=True):
             column += more
         if self._follower is not None and values:
