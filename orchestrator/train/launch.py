@@ -36,6 +36,7 @@ from orchestrator.train.recovery.preemptions import NotePreemptions
 from orchestrator.train.recovery.shrink import RememberMemory
 from orchestrator.train.saving import lease
 from orchestrator.train.saving.lease import Lease
+from orchestrator.train.saving.rewinding import clear_unfinished
 from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.capacity import Memory, check_memory
 from orchestrator.train.strategies.choice import Choice
@@ -151,6 +152,7 @@ def _fit(
     preflight.check_resources(config, resources, may_grow=cluster.may_grow())
     _check_memory(config, share=share)
     open_run(config)
+    clear_unfinished(run)
     workers = config.scaling.num_workers  # a list where it is elastic
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
     with _board(show=show) as board, beside.process(run, config, board) as apart:

@@ -1,12 +1,15 @@
-"""Worker side: a temporary folder for files on their way to storage, which a kill does not leak."""
+"""Temporary files and folders of what is on its way to storage, which a kill does not leak."""
 
 import fcntl
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 _PREFIX = "orchestrator-save-"
 _LOCK = "lock"
+# Nobody takes so long from making a folder to locking it, or from writing a file to renaming it.
+_OLD_S = 60.0
 
 
 class Staging:
@@ -17,9 +20,11 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            if _is_abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.gettempdir())
+        abandoned = [left for left in scratch.glob(f"{_PREFIX}*") if _is_abandoned(left)]
+        stillborn = [left for left in scratch.glob(f".{_PREFIX}*") if is_old(left)]
+        for left in [*abandoned, *stillborn]:
+            shutil.rmtree(left, ignore_errors=True)
         new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
         self._lock = (new / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -42,4 +47,12 @@ def _is_abandoned(root: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
     except OSError:  # its process lives, or it is another user's
+        return False
+
+
+def is_old(path: Path) -> bool:
+    """Return whether what is on its way has been so for too long: its process was killed."""
+    try:
+        return time.time() - path.stat().st_mtime > _OLD_S
+    except OSError:  # it has its own name now, or was deleted
         return False

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from saves import make_manifest
 from orchestrator.storage import MissingError
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.saving.checkpoint import CheckpointError
-from orchestrator.train.saving.rewinding import rewind
+from orchestrator.train.saving.rewinding import clear_unfinished, rewind
 
 
 def save(run: str, tmp_path: Path, step: int, *, content: bytes = b"x", **changes: object) -> None:
@@ -190,12 +192,25 @@ def test_rewinding_clears_what_a_kill_left(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "rank-00000.parquet").touch()
     (Path(run) / "checkpoints" / "lost+found").mkdir()
-    (Path(run) / ".metrics.parquet.x1.tmp").touch()
+    for name in ("metrics.parquet", "quarantine.parquet", "config.yaml", "result.json"):
+        (Path(run) / f".{name}.x1.tmp").touch()
+    (Path(checkpoint.checkpoint_uri(run, 4)) / ".MANIFEST.json.x1.tmp").touch()
     (Path(run) / ".mine.tmp").touch()
-    (Path(run) / "checkpoints" / "step-00000004" / ".MANIFEST.json.x1.tmp").touch()
     rewind(run, 4)
     (Path(run) / "checkpoints" / "lost+found").rmdir()  # not ours, so left alone
     assert steps(run) == [4]
     assert [p.name for p in Path(run).rglob(".*")] == [".mine.tmp"]
     assert [p.name for p in (Path(run) / "samples").iterdir()] == ["step-00000004"]
     assert [p.name for p in (Path(run) / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_what_other_drivers_and_commands_may_be_writing_goes_once_it_is_old(tmp_path: Path) -> None:
+    names = [".lease-000002.json.x1.tmp", ".report.html.x1.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    clear_unfinished(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        os.utime(tmp_path / name, (0, time.time() - 120))
+    clear_unfinished(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -134,6 +134,18 @@ def test_what_a_killed_process_left_is_deleted_and_what_lives_is_not(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_killed_before_it_had_its_lock_is_deleted_once_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fresh, old = (tmp_path / f".orchestrator-save-{name}" for name in ("fresh", "old"))
+    for folder in (fresh, old):
+        folder.mkdir()
+    os.utime(old, (0, time.time() - 120))
+    Staging().close()
+    assert list(tmp_path.iterdir()) == [fresh]
+
+
 def test_a_record_of_an_earlier_start_does_not_count(run: str) -> None:
     alone = Meeting(saves.WORKERS)
     gathers = [alone.of(rank) for rank in range(2)]
