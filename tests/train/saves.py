@@ -131,8 +131,10 @@ class Worker:
         )
 
 
-def train(
+def work(
     run: str,
+    rank: int,
+    gather: Callable[[Any], list[Any]],
     *,
     steps: int,
     every: int,
@@ -141,21 +143,26 @@ def train(
     keep: int = 2,
     **changes: Any,
 ) -> None:
-    """Run two workers to the last step, saving every few steps, from where a checkpoint was."""
+    """Run one worker to the last step, saving every few steps, from where a checkpoint was."""
+    worker = Worker(run, rank, gather, keep=keep, resumed=resumed)
+    for step in range(start + 1, steps + 1):
+        worker.consume(step, bad=[BAD] if step == 1 and rank == 1 else None)
+        if step % every == 0 or step == steps:
+            worker.save(step, must=True, last=step == steps, **changes)
+    worker.committer.close(60)
+
+
+def train(run: str, **options: Any) -> None:
+    """Run two workers, as threads of this process, with the options of `work`."""
     meeting = Meeting(WORKERS)
-
-    def work(rank: int) -> None:
-        worker = Worker(run, rank, meeting.of(rank), keep=keep, resumed=resumed)
-        for step in range(start + 1, steps + 1):
-            worker.consume(step, bad=[BAD] if step == 1 and rank == 1 else None)
-            if step % every == 0 or step == steps:
-                worker.save(step, must=True, last=step == steps, **changes)
-        worker.committer.close(60)
-
-    others = [threading.Thread(target=work, args=(rank,)) for rank in range(1, WORKERS)]
+    gathers = [meeting.of(rank) for rank in range(WORKERS)]
+    others = [
+        threading.Thread(target=work, args=(run, rank, gathers[rank]), kwargs=options)
+        for rank in range(1, WORKERS)
+    ]
     for thread in others:
         thread.start()
-    work(0)
+    work(run, 0, gathers[0], **options)
     for thread in others:
         thread.join()
 
