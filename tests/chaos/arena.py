@@ -20,6 +20,7 @@ from orchestrator.config import (
     DataConfig,
     ModelConfig,
     ScalingConfig,
+    Strategy,
     TrainConfig,
 )
 
@@ -46,9 +47,19 @@ class Arena:
         folder: all of it lies here.
         data: URI of a packed data set.
         pause_s: what a step takes while kills are under way.
+        strategy: `train.strategy`.
+        workers: how many train it.
     """
 
-    def __init__(self, folder: Path, data: str, *, pause_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        data: str,
+        *,
+        pause_s: float,
+        strategy: Strategy = "ddp",
+        workers: int = WORKERS,
+    ) -> None:
         self.folder = folder
         self.temporary = folder / "tmp"
         """Where its processes put temporary folders."""
@@ -56,6 +67,7 @@ class Arena:
         # Short: the names of Ray's sockets below it may have 107 characters in all.
         self._sessions = Path(tempfile.mkdtemp(prefix="ray-"))
         self.mark = uuid.uuid4().hex
+        """The value of `MARK` in its processes' environment."""
         self.config = Config(
             name="run",
             storage_path=str(folder),
@@ -74,13 +86,13 @@ class Arena:
             train=TrainConfig(
                 max_epochs=EPOCHS,
                 precision="32",
-                strategy="ddp",
+                strategy=strategy,
                 early_stopping=None,
                 checkpoint=CheckpointConfig(every_steps=2),
                 max_failures=1000,
                 hang_timeout_s=HANG_TIMEOUT_S,
             ),
-            scaling=ScalingConfig(num_workers=WORKERS),
+            scaling=ScalingConfig(num_workers=workers),
         )
         (folder / "chaos.yaml").write_text(configfile.dump(self.config))
         self.address = ""
@@ -89,15 +101,24 @@ class Arena:
         self.starts = 0
 
     @property
+    def env(self) -> dict[str, str]:
+        """Variables of all processes that work for the run."""
+        paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        return {
+            MARK: self.mark,
+            "PYTHONPATH": paths,
+            "TMPDIR": str(self.temporary),
+            "RAY_TMPDIR": str(self._sessions),
+        }
+
+    @property
     def run(self) -> str:
         """URI of the run's folder."""
         return str(self.folder / "run")
 
     def submit(self) -> None:
         """Start the driver; the command is always the same."""
-        paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        env = os.environ | {"PYTHONPATH": paths, MARK: self.mark, "TMPDIR": str(self.temporary)}
-        env["RAY_TMPDIR"] = str(self._sessions)
+        env = os.environ | self.env
         if self.address:
             env["RAY_ADDRESS"] = self.address
         self.starts += 1
@@ -122,6 +143,12 @@ class Arena:
         return [Sign(float(p[0]), int(p[1]), int(p[2])) for p in parts if len(p) == 3]
 
     @property
+    def pid(self) -> int:
+        """The driver's process id."""
+        assert self.driver is not None
+        return self.driver.pid
+
+    @property
     def ended(self) -> int | None:
         """The driver's exit code, or None while it runs."""
         assert self.driver is not None
@@ -136,6 +163,10 @@ class Arena:
             except subprocess.TimeoutExpired:
                 self.driver.kill()
                 self.driver.wait()
+
+    def close(self) -> None:
+        """End the driver, and delete the logs of its clusters."""
+        self.end()
         shutil.rmtree(self._sessions, ignore_errors=True)
 
     def log_tail(self) -> str:

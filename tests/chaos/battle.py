@@ -2,8 +2,8 @@
 
 import dataclasses
 import random
-import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class Kill:
     target: str
     pid: int
     moment: str
-    """"random", or "save": a checkpoint lay half written."""
+    """"random", or "save": a checkpoint lay half written, before and after."""
     step: int
     """The highest step that had begun."""
     at: float
@@ -38,8 +38,12 @@ class Kill:
     """Seconds until a step began in a new process; None: none was lost."""
     new_s: float | None = None
     """Seconds until a step began that had not begun before; None: not waited for, or the end."""
+    held: tuple[str, ...] = ()
+    """What the run held in its cluster beyond what it had held before the first kill."""
+    driver: int = 0
+    """The driver's process by then."""
     driver_mb: float = 0.0
-    """The driver's resident memory by then."""
+    """Its own resident memory."""
 
     def row(self) -> str:
         """Return the line of the table."""
@@ -53,69 +57,113 @@ class Kill:
 HEADER = "kill target           pid moment   step  restart      new driver MB"
 
 
-def fight(
-    arena: Arena,
-    *,
-    targets: Sequence[str],
-    rng: random.Random,
-    say: Callable[[str], None],
-    nodes: Nodes | None = None,
-    deadline: float = float("inf"),
-    rush: float = 0.0,
-) -> list[Kill]:
-    """Submit the run, kill targets in turn and let it end; a killed driver is resubmitted.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Battle:
+    """How a run is killed."""
 
-    Args:
-        arena: the run.
-        targets: what to kill, one after the other.
-        rng: chooses processes and moments.
-        say: shows a line.
-        nodes: the cluster, where "node" is a target.
-        deadline: `time.monotonic()` after which no further kill begins.
-        rush: share of kills that the next one follows before the run has got any further.
+    arena: Arena
+    rng: random.Random
+    """Chooses processes and moments."""
+    say: Callable[[str], None]
+    """Shows a line."""
+    nodes: Nodes | None = None
+    """The cluster that the driver uses, if it is not the driver's own."""
+    deadline: float = float("inf")
+    """`time.monotonic()` after which no further kill begins."""
+    rush: float = 0.0
+    """Share of kills that the next one follows before the run has got any further."""
+    saves: float = 0.4
+    """Share of kills that wait for a save."""
 
-    Raises:
-        TimeoutError: the run does not go on.
-        AssertionError: the driver ended by itself with an error.
-    """
-    done: list[Kill] = []
-    arena.submit()
-    await_step(arena, after=0, since=0.0, old=frozenset(), timeout_s=_STEP_TIMEOUT_S)
-    say(HEADER)
-    for target in targets:
-        kill = None if time.monotonic() > deadline else _strike(arena, target, rng, nodes)
-        if kill is None:
-            break
-        kill.number = len(done) + 1
-        if rng.random() < rush:
-            time.sleep(rng.uniform(0.0, _RUSH_S))
-        else:
-            _await_progress(arena, kill)
-        kill.driver_mb = victims.resident_mb(arena.driver.pid) if arena.driver else 0.0
-        done.append(kill)
-        say(kill.row())
-    arena.calm()
-    code = await_end(arena, timeout_s=180)
-    assert code == 0, f"the driver ended with {code}:\n{arena.log_tail()}"
-    return done
+    def fight(self, targets: Sequence[str]) -> list[Kill]:
+        """Submit the run, kill targets in turn and let it end; a killed driver is resubmitted.
 
+        Raises:
+            TimeoutError: the run does not go on, or a target does not live.
+            AssertionError: the driver ended by itself with an error.
+        """
+        done: list[Kill] = []
+        self.arena.submit()
+        await_step(self.arena, after=0, since=0.0, old=frozenset(), timeout_s=_STEP_TIMEOUT_S)
+        held = self.nodes.held() if self.nodes else Counter()
+        self.say(HEADER)
+        for target in targets:
+            kill = self._strike(target)
+            if kill is None:
+                break
+            kill.number = len(done) + 1
+            self._watch(kill, held)
+            done.append(kill)
+            self.say(kill.row())
+        self.arena.calm()
+        code = await_end(self.arena, timeout_s=180)
+        assert code == 0, f"the driver ended with {code}:\n{self.arena.log_tail()}"
+        return done
 
-def _strike(arena: Arena, target: str, rng: random.Random, nodes: Nodes | None) -> Kill | None:
-    """Kill once, and start the driver again if it was that; None: the run ended before."""
-    time.sleep(rng.uniform(0.0, 2.0))
-    moment = "save" if rng.random() < 0.4 and _await_save(arena) else "random"
-    if arena.ended is not None:
+    def _strike(self, target: str) -> Kill | None:
+        """Kill once, and put another one in its place; None: the run or the time ended before.
+
+        Raises:
+            TimeoutError: there is no such target.
+        """
+        time.sleep(self.rng.uniform(0.0, 2.0))
+        at_save = self.rng.random() < self.saves
+        give_up = time.monotonic() + _STEP_TIMEOUT_S
+        while self.arena.ended is None and time.monotonic() < self.deadline:
+            kill = self._try(target, at_save=at_save)
+            if kill is not None:
+                self._replace(kill)
+                return kill
+            # What does not live at this moment of a start is there after it.
+            if time.monotonic() > give_up:
+                tail = self.arena.log_tail()
+                raise TimeoutError(f"no {target} within {_STEP_TIMEOUT_S:g} s:\n{tail}")
+            time.sleep(0.1)
         return None
-    assert arena.driver is not None
-    signs, at = arena.signs(), time.time()
-    pid = _kill(arena, target, rng, nodes)
-    if pid is None:  # none lives at this moment of a start
-        return _strike(arena, target, rng, nodes)
-    if target == "driver":
-        arena.driver.wait()
-        arena.submit()
-    step, known = max(sign.step for sign in signs), frozenset(sign.pid for sign in signs)
-    return Kill(target=target, pid=pid, moment=moment, step=step, at=at, known=known)
+
+    def _try(self, target: str, *, at_save: bool) -> Kill | None:
+        """Kill what there is of a target; None: nothing is."""
+        pid = self._choose(target)
+        # Only now: what chooses looks at all processes, and a save takes but some 50 ms.
+        half = _await_save(self.arena) if at_save else None
+        signs, at = self.arena.signs(), time.time()
+        if pid is None or not victims.kill(pid, victims.signal_of(target)):
+            return None
+        hit = half is not None and half.exists() and not (half / MANIFEST_FILE).exists()
+        return Kill(
+            target=target,
+            pid=pid,
+            moment="save" if hit else "random",
+            step=max(sign.step for sign in signs),
+            at=at,
+            known=frozenset(sign.pid for sign in signs),
+        )
+
+    def _choose(self, target: str) -> int | None:
+        if target == "node":
+            assert self.nodes is not None
+            return self.nodes.choose(self.rng)
+        if target == "driver":
+            return self.arena.pid
+        return victims.choose(target, self.arena.mark, self.rng)
+
+    def _replace(self, kill: Kill) -> None:
+        if kill.target == "node":
+            assert self.nodes is not None
+            self.nodes.replace(kill.pid)
+        if kill.target == "driver":
+            assert self.arena.driver is not None
+            self.arena.driver.wait()
+            self.arena.submit()
+
+    def _watch(self, kill: Kill, held: Counter[str]) -> None:
+        """Note what follows a kill, unless the next one comes at once."""
+        if self.rng.random() < self.rush:
+            time.sleep(self.rng.uniform(0.0, _RUSH_S))
+        else:
+            _await_progress(self.arena, kill)
+            kill.held = tuple(self.nodes.grown(held)) if self.nodes else ()
+        kill.driver, kill.driver_mb = self.arena.pid, victims.own_mb(self.arena.pid)
 
 
 def _await_progress(arena: Arena, kill: Kill) -> None:
@@ -129,23 +177,20 @@ def _await_progress(arena: Arena, kill: Kill) -> None:
     kill.new_s = new.at - kill.at if new else None
 
 
-def _kill(arena: Arena, target: str, rng: random.Random, nodes: Nodes | None) -> int | None:
-    if target == "node":
-        assert nodes is not None
-        return nodes.kill_one(rng)
-    assert arena.driver is not None
-    pid = arena.driver.pid if target == "driver" else victims.choose(target, arena.mark, rng)
-    number = signal.SIGSTOP if target == "stopped" else signal.SIGKILL
-    return pid if pid is not None and victims.kill(pid, number) else None
-
-
-def _await_save(arena: Arena) -> bool:
-    """Return once a checkpoint lies half written, or False where none does in time."""
-    folder = Path(arena.run) / "checkpoints"
+def _await_save(arena: Arena) -> Path | None:
+    """Return a checkpoint's folder that is being written, or None where none is in time."""
+    # Until the next start deletes it, what an earlier kill left half written lies there, too.
+    old = _half_written(arena)
     deadline = time.monotonic() + _SAVE_TIMEOUT_S
     while time.monotonic() < deadline:
-        newest = max(folder.glob("step-*"), default=None)
-        if newest is not None and not (newest / MANIFEST_FILE).exists():
-            return True
+        now = _half_written(arena)
+        if now - old:
+            return max(now - old)
+        old &= now
         time.sleep(0.001)
-    return False
+    return None
+
+
+def _half_written(arena: Arena) -> set[Path]:
+    folders = (Path(arena.run) / "checkpoints").glob("step-*")
+    return {folder for folder in folders if not (folder / MANIFEST_FILE).exists()}

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from chaos import checks, victims
-from chaos.arena import MARK, Arena, await_end, write_data
-from chaos.battle import Kill, fight
-from chaos.nodes import Nodes
+from chaos.arena import WORKERS, Arena, await_end, write_data
+from chaos.battle import Battle, Kill
+from chaos.nodes import nodes_for
 
-_NODES = 3
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
 def say(line: str) -> None:
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         say(f"--targets: {unknown[0]!r} is none of {', '.join(victims.TARGETS)}")
         return 2
-    say(f"seed {seed}: {args.kills} kills of {', '.join(targets)}")
+    what = f"{args.strategy} on {args.workers} workers"
+    say(f"seed {seed}: {args.kills} kills of {', '.join(targets)}; {what}")
     with _folder(args.folder) as folder:
         data = args.data or write_data(folder / "data", kills=args.kills)
         return _run(folder, data, targets, seed, args)
@@ -46,9 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--targets",
         default="worker,loader,controller,driver",
-        help=f"of {','.join(victims.TARGETS)}; stopped is a worker with SIGSTOP; node needs a "
-        "cluster of several nodes, which is started",
+        help=f"of {','.join(victims.TARGETS)}; stopped is a worker with SIGSTOP; a driver that is "
+        f"killed says nothing about memory: {checks.JUDGED_KILLS} kills of others do",
     )
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
+    parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--data", help="packed data to train on; default: random images")
     parser.add_argument("--folder", type=Path, help="keep everything here; default: temporary")
     parser.add_argument(
@@ -70,41 +73,46 @@ def _folder(given: Path | None) -> Iterator[Path]:
 
 
 def _run(folder: Path, data: str, targets: list[str], seed: int, args: argparse.Namespace) -> int:
-    shm = checks.shared_memory()
-    arena = Arena(folder / "killed", data, pause_s=args.pause)
-    nodes = Nodes(MARK, arena.mark, num_nodes=_NODES) if "node" in targets else None
-    arena.address = nodes.address if nodes else ""
-    deadline = time.monotonic() + 60 * args.minutes
-    wrong: list[str] = []
     rng = random.Random(seed)
-    try:
-        kills = fight(
-            arena,
-            targets=[rng.choice(targets) for _ in range(args.kills)],
-            rng=rng,
-            say=say,
-            nodes=nodes,
-            deadline=deadline,
-            rush=args.rush,
-        )
-        wrong += nodes.left_over() if nodes else []
-    finally:
-        arena.end()
-        if nodes:
-            nodes.stop()
-    wrong += checks.leaks(arena, shm)
-    undisturbed = Arena(folder / "undisturbed", data, pause_s=0.0)
-    undisturbed.calm()
-    undisturbed.submit()
-    await_end(undisturbed, timeout_s=300)
-    undisturbed.end()
+    shm = checks.shared_memory()
+    how = {"strategy": args.strategy, "workers": args.workers}
+    with contextlib.closing(Arena(folder / "killed", data, pause_s=args.pause, **how)) as arena:
+        with nodes_for(arena, lose="node" in targets) as nodes:
+            battle = Battle(
+                arena=arena,
+                rng=rng,
+                say=say,
+                nodes=nodes,
+                deadline=time.monotonic() + 60 * args.minutes,
+                rush=args.rush,
+            )
+            kills = battle.fight([rng.choice(targets) for _ in range(args.kills)])
+            wrong = [
+                f"after kill {k.number} ({k.target}): {more}" for k in kills for more in k.held
+            ]
+            wrong += nodes.left_over()
+        wrong += checks.leaks(arena, shm) + checks.grown_drivers(kills)
+    with contextlib.closing(Arena(folder / "undisturbed", data, pause_s=0.0, **how)) as undisturbed:
+        wrong += _train(undisturbed)
     wrong += checks.wrong_counts(arena) + checks.differing_weights(arena, undisturbed)
     _summarize(arena, kills, wrong, args.kills)
     return 1 if wrong else 0
 
 
+def _train(undisturbed: Arena) -> list[str]:
+    """Train without kills; return a sentence where that fails."""
+    undisturbed.calm()
+    undisturbed.submit()
+    code = await_end(undisturbed, timeout_s=300)
+    return [f"the undisturbed run ended with {code}:\n{undisturbed.log_tail()}"] if code else []
+
+
 def _summarize(arena: Arena, kills: list[Kill], wrong: list[str], asked: int) -> None:
-    say(f"{len(kills)} of {asked} kills; the driver was submitted {arena.starts} times")
+    saves = sum(kill.moment == "save" for kill in kills)
+    say(
+        f"{len(kills)} of {asked} kills, {saves} of them during a save; the driver was submitted "
+        f"{arena.starts} times"
+    )
     causes = ", ".join(f"{name} {n}" for name, n in sorted(checks.failures(arena).items()))
     say(f"failures written down: {causes or 'none'}")
     for target in sorted({kill.target for kill in kills}):
@@ -112,10 +120,15 @@ def _summarize(arena: Arena, kills: list[Kill], wrong: list[str], asked: int) ->
         if seconds:
             worst, middle = max(seconds), statistics.median(seconds)
             say(f"{target}: next new step after {middle:.1f} s (median), {worst:.1f} s at worst")
+    lives = checks.lives(kills)
+    for life in lives:
+        say(f"driver: {life}")
+    if not lives:
+        say(f"driver: no memory compared, since none lived through {checks.JUDGED_KILLS} kills")
     for sentence in wrong:
         say(f"WRONG: {sentence}")
     if not wrong:
         say(
             "every id exactly once per epoch; final weights bit-equal to the undisturbed run's; no "
-            "process, shared memory, temporary folder or lease left behind"
+            "process, actor, placement group, shared memory, temporary file or lease left behind"
         )

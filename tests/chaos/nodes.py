@@ -1,71 +1,110 @@
-"""A cluster of several nodes on this machine, whose raylets can be killed."""
+"""A Ray cluster that outlives drivers: what they leave there can be seen, and nodes be killed."""
 
-import os
+import contextlib
 import random
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
+import pytest
 import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.cluster_utils import Cluster
 
-from chaos import victims
+from chaos.arena import Arena
+
+# Ray Data's own, one for each cluster.
+_KNOWN_ACTORS = ("_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor")
 
 
 class Nodes:
-    """A head and worker nodes of one CPU each; a killed one comes back after a while."""
+    """The cluster, and this process's connection to it.
 
-    def __init__(self, mark_name: str, mark: str, *, num_nodes: int) -> None:
-        # Inherited by all that the cluster starts.
-        os.environ[mark_name] = mark
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False},
-        )
-        self._others = [self._cluster.add_node(num_cpus=1) for _ in range(num_nodes)]
+    Args:
+        env: variables of all that it starts.
+        cpus: of its head; 0: the head is there for drivers alone.
+        others: nodes of one CPU each that may be killed; another one comes for each.
+    """
+
+    def __init__(self, env: Mapping[str, str], *, cpus: int, others: int = 0) -> None:
+        self._env = env
+        with self._environment():
+            self._cluster = Cluster(
+                initialize_head=True,
+                head_node_args={"num_cpus": cpus, "include_dashboard": False},
+            )
+            self._others = [self._cluster.add_node(num_cpus=1) for _ in range(others)]
         self._cluster.wait_for_nodes()
-        del os.environ[mark_name]
-        self._mark = (mark_name, mark)
+        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
 
     @property
     def address(self) -> str:
         """Where drivers find it."""
         return str(self._cluster.address)
 
-    def kill_one(self, rng: random.Random) -> int:
-        """Kill the raylet of a random worker node abruptly and start another; return its pid."""
-        node = rng.choice(self._others)
-        pid = int(node.all_processes["raylet"][0].process.pid)
-        victims.kill(pid)
+    def choose(self, rng: random.Random) -> int:
+        """Return the process id of a random node's raylet."""
+        return _raylet(rng.choice(self._others))
+
+    def replace(self, pid: int) -> None:
+        """Start another node for one whose raylet was killed."""
+        node = next(node for node in self._others if _raylet(node) == pid)
         self._others.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
-        os.environ[self._mark[0]] = self._mark[1]
-        self._others.append(self._cluster.add_node(num_cpus=1))
-        del os.environ[self._mark[0]]
-        return pid
+        with self._environment():
+            self._others.append(self._cluster.add_node(num_cpus=1))
 
-    def left_over(self) -> list[str]:
-        """Return actors and placement groups that outlived all runs, once they had time to end."""
-        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
-        try:
-            deadline = time.monotonic() + 20
-            while (found := _alive()) and time.monotonic() < deadline:
-                time.sleep(0.5)
-            return found
-        finally:
-            ray.shutdown()
+    def held(self) -> Counter[str]:
+        """Return how many actors of each class live, and how many placement groups."""
+        actors = ray._private.state.actors().values()
+        alive = [actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"]
+        groups = ray.util.placement_group_table().values()
+        found = Counter(f"actor {name}" for name in alive if name not in _KNOWN_ACTORS)
+        found["placement group"] = sum(group["state"] != "REMOVED" for group in groups)
+        return +found
+
+    def grown(self, before: Counter[str], *, patience_s: float = 20.0) -> list[str]:
+        """Return what is held beyond what was `before`, once that had time to end."""
+        deadline = time.monotonic() + patience_s
+        while (more := self.held() - before) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return [f"{count} more {name}" for name, count in sorted(more.items())]
+
+    def left_over(self, *, patience_s: float = 20.0) -> list[str]:
+        """Return what outlived all runs: actors, placement groups, objects."""
+        found = self.grown(Counter(), patience_s=patience_s)
+        store = get_memory_info_reply(get_state_from_address(self.address)).store_stats
+        if store.object_store_bytes_used:
+            found.append(f"{store.object_store_bytes_used} bytes of objects in shared memory")
+        return found
 
     def stop(self) -> None:
         """End all nodes."""
+        ray.shutdown()
         self._cluster.shutdown()
 
+    @contextlib.contextmanager
+    def _environment(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self._env.items():
+                patch.setenv(name, value)
+            patch.delenv("RAY_ADDRESS", raising=False)
+            yield
 
-def _alive() -> list[str]:
-    groups = ray.util.placement_group_table().values()
-    held = [f"placement group {g['placement_group_id']}" for g in groups if g["state"] != "REMOVED"]
-    actors = ray._private.state.actors().values()
-    # Ray Data's own, one for each cluster.
-    known = ("_StatsActor", "_AutoscalingCoordinatorActor")
-    return held + [
-        f"actor {a['ActorClassName']}"
-        for a in actors
-        if a["State"] == "ALIVE" and a["ActorClassName"] not in known
-    ]
+
+@contextlib.contextmanager
+def nodes_for(arena: Arena, *, lose: bool = False) -> Iterator[Nodes]:
+    """Run a cluster for all drivers of a run; `lose`: its nodes may be killed."""
+    workers = arena.config.scaling.max_workers
+    cpus, others = (0, workers + 1) if lose else (workers, 0)
+    nodes = Nodes(arena.env, cpus=cpus, others=others)
+    arena.address = nodes.address
+    try:
+        yield nodes
+    finally:
+        arena.end()
+        nodes.stop()
+
+
+def _raylet(node: object) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)  # type: ignore[attr-defined]

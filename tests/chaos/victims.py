@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+from collections.abc import Collection
 from pathlib import Path
 
 # How Ray names its processes. Idle ones are readers that wait for their next task.
@@ -14,6 +15,7 @@ _TITLES = {
     "coordinator": ("ray::SplitCoordinator",),
     "controller": ("ray::TrainController",),
 }
+_SIGNALS = {"stopped": signal.SIGSTOP}
 TARGETS = ("worker", "stopped", "loader", "coordinator", "controller", "driver", "node")
 
 
@@ -28,6 +30,19 @@ def processes(mark: str) -> dict[int, str]:
     return found
 
 
+def open_files(folder: Path, *, but: Collection[int]) -> set[str]:
+    """Return the names of files directly below a folder that processes hold, some left out."""
+    start, found = f"{folder}/", set()
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) not in but:
+            with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours
+                lines = (process / "maps").read_text().splitlines()
+                found |= {line.partition(start)[2] for line in lines if start in line}
+                links = [os.readlink(link) for link in (process / "fd").iterdir()]
+                found |= {link.removeprefix(start) for link in links if link.startswith(start)}
+    return found
+
+
 def choose(target: str, mark: str, rng: random.Random) -> int | None:
     """Return the id of a random process that is such a target, or None where there is none."""
     alive = processes(mark)
@@ -35,8 +50,13 @@ def choose(target: str, mark: str, rng: random.Random) -> int | None:
     return rng.choice(fits) if fits else None
 
 
-def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:
-    """Send SIGKILL, or another signal, to one process; return whether it was still there."""
+def signal_of(target: str) -> signal.Signals:
+    """Return what ends a target, or stops it."""
+    return _SIGNALS.get(target, signal.SIGKILL)
+
+
+def kill(pid: int, number: signal.Signals) -> bool:
+    """Send a signal to one process; return whether it was still there."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -44,9 +64,10 @@ def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> bool:
     return True
 
 
-def resident_mb(pid: int) -> float:
-    """Return a process's resident memory in MB, 0 where it has ended."""
+def own_mb(pid: int) -> float:
+    """Return a process's resident memory in MB but for files and shared memory; 0: it has ended."""
     with contextlib.suppress(OSError):
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024 / 1e6
     return 0.0
