@@ -105,6 +105,9 @@ class Lease:
         _held.discard(self._holder.driver)
         with contextlib.suppress(StorageError):  # it expires by itself
             _delete_up_to(self._run, self._number)
+        if not storage.is_remote(self._run):
+            with contextlib.suppress(OSError):  # it is not empty: something was begun
+                storage.local_path(self._run).rmdir()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):

@@ -17,9 +17,9 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from orchestrator.run import read_events
 from orchestrator.train.recovery import interrupt
-from orchestrator.train.recovery.elastic import NotePreemptions
 from orchestrator.train.recovery.interrupt import abort_at_interrupt
 from orchestrator.train.recovery.notice import Refused, charge_of
+from orchestrator.train.recovery.preemptions import NotePreemptions
 
 
 def interrupt_myself(running: Any) -> None:

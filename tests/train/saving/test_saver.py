@@ -1,10 +1,7 @@
 """Checkpoints off the training thread: what they hold, and what happens where saving fails."""
 
-import os
 import resource
 import shutil
-import signal
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,7 +18,6 @@ from orchestrator.config import UserError
 from orchestrator.run import read_events
 from orchestrator.train.saving import checkpoint, commit, saver
 from orchestrator.train.saving.checkpoint import CheckpointError
-from orchestrator.train.saving.staging import Staging
 from orchestrator.train.strategies.tensors import read_weights
 
 LARGE = 3 * 2**20  # floats: a state that is not waited for
@@ -113,37 +109,6 @@ def test_a_validation_waits_for_the_save_under_way_instead(run: str) -> None:
 def test_workers_agree_without_a_barrier_and_nothing_is_lost(run: str) -> None:
     saves.train(run, steps=9, every=2)
     saves.assert_complete(run, steps=9)
-
-
-def test_what_a_killed_process_left_is_deleted_and_what_lives_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    if (pid := os.fork()) == 0:
-        (Staging().folder() / "half.pt").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
-    assert len(list(tmp_path.glob("*/*/half.pt"))) == 1
-    alive = Staging()
-    folder = alive.folder()
-    assert list(tmp_path.glob("*/*/half.pt")) == []
-    other = Staging()
-    assert folder.is_dir()
-    other.close()
-    alive.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_was_killed_before_it_had_its_lock_is_deleted_once_it_is_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    fresh, old = (tmp_path / f".orchestrator-save-{name}" for name in ("fresh", "old"))
-    for folder in (fresh, old):
-        folder.mkdir()
-    os.utime(old, (0, time.time() - 120))
-    Staging().close()
-    assert list(tmp_path.iterdir()) == [fresh]
 
 
 def test_a_record_of_an_earlier_start_does_not_count(run: str) -> None:

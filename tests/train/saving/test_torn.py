@@ -43,6 +43,9 @@ class Saved(pl.LightningModule):
         self.net.register_buffer("weight", torch.zeros(64))
         self.net.register_buffer("bias", torch.zeros(3))
 
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.net.weight.sum())
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:

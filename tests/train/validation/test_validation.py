@@ -180,7 +180,7 @@ def test_a_run_that_diverges_says_so_in_its_result(tmp_path: Path) -> None:
     rule = EarlyStoppingConfig(divergence_threshold=0.9)
     start = make_start(tmp_path, "diverged", early_stopping=rule)
     bare.train(1, start)
-    result = close_run(start.run, start.config, wall_s=1.0)
+    result = close_run(start.run, start.config)
     # The loss is 1 from step 13 on.
     assert (result["stop_reason"], result["steps"], result["best"]["step"]) == ("diverged", 13, 10)
     assert result["early_stopping"]["reason"] == "val_loss was 1 at step 13, worse than 0.9"
