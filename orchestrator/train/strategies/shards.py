@@ -124,7 +124,10 @@ def _shards(folder: Path, rank: int) -> Iterator[Shard]:
     """Yield every shard; where as many workers wrote them as read them, only this worker's own."""
     paths = sorted(folder.glob("zero-rank-*.pt"))
     if not paths:
-        raise UserError(f"{folder} holds no ZeRO shards; resume with the strategy that wrote it.")
+        raise UserError(
+            "the run's last checkpoint holds no ZeRO shards; resume with the train.strategy that "
+            "wrote it, or give the run another --name."
+        )
     same = torch.distributed.get_world_size() == len(paths)
     for path in [folder / shard_name(rank)] if same else paths:
         yield read_tensors(path)
