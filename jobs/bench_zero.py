@@ -9,8 +9,7 @@ is `orchestrator.train.strategies.memory.need` (Rajbhandari et al., "ZeRO", SC 2
 
 import argparse
 import dataclasses
-import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytorch_lightning as pl
 import ray.train.torch  # noqa: F401  (Lightning's Ray strategies look it up)
 import torch
 from gloo import run_workers
+from held import alive, count, new_bytes
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from torch import nn
 from torch.nn import functional
@@ -47,6 +47,8 @@ class Trial:
     clip: float | None = None
     bucket: int = memory.BUCKET
     offload: bool = False
+    frozen: bool = False
+    """Whether the first layer is not trained."""
     count: bool = False
     """Whether to count what is held, which takes a second."""
     load: str = ""
@@ -68,13 +70,13 @@ class Outcome:
     moved: float = 0.0
     """Square of how far its share of the fp32 weights went (under DDP the whole is its share)."""
     held: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Bytes of parameters, gradients, optimizer and everything else."""
+    """Bytes of parameters, gradients, optimizer, on the host where offloaded, everything else."""
 
 
 class Model(pl.LightningModule):
     """Linear layers of more than 100,000 weights each, with a norm that has running statistics."""
 
-    def __init__(self, width: int, optimizer: str) -> None:
+    def __init__(self, width: int, optimizer: str, *, frozen: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         layers: list[nn.Module] = [nn.Linear(INPUTS, width), nn.BatchNorm1d(width)]
@@ -84,6 +86,7 @@ class Model(pl.LightningModule):
         # Its statistics depend on how a step is cut into micro-batches; its gradients shall not.
         self.net[1].eval()
         self.net[1].train = lambda mode=True: self.net[1]  # type: ignore[method-assign, assignment]
+        self.net[0].requires_grad_(not frozen)
         self.optimizer = optimizer
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
@@ -94,7 +97,7 @@ class Model(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return an optimizer of two groups, as ImageClassifier's."""
-        parameters = list(self.parameters())
+        parameters = [p for p in self.parameters() if p.requires_grad]
         # SGD's decay is not clipped with the gradient: it is to be the smaller part.
         decay = 1e-4 if self.optimizer == "sgd" else 0.1
         groups = [
@@ -141,7 +144,7 @@ class _Watch(pl.Callback):
         # Engines of earlier trials that something still refers to.
         self._before: set[int] = set()
         if trial.count:
-            _new_bytes(_alive(), self._before)
+            new_bytes(alive(), self._before)
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         strategy: Any = trainer.strategy
@@ -150,12 +153,12 @@ class _Watch(pl.Callback):
             strategy.load_shards(Path(self._trial.load), weights)
         # Not beside a count, which would find these copies too.
         self._start = [] if self._trial.count else [w.clone() for w in _masters(trainer)]
-        groups = trainer.optimizers[0].param_groups
-        self._outcome.decays = [group["weight_decay"] for group in groups]
+        self._outcome.decays = [g["weight_decay"] for g in trainer.optimizers[0].param_groups]
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._trial.count and trainer.global_step == 1 and not self._outcome.held:
-            self._outcome.held = count(trainer, module, self._before)
+            offload = self._trial.offload
+            self._outcome.held = count(trainer, module, self._before, offload=offload)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
         self._outcome.losses.append(float(outputs["loss"]))
@@ -176,55 +179,12 @@ class _Watch(pl.Callback):
                 torch.save(strategy.optimizer_states(), folder / "optimizers.pt")
 
 
-def count(trainer: pl.Trainer, module: pl.LightningModule, before: set[int]) -> dict[str, int]:
-    """Return the bytes of every storage by what it holds, but for those that were there before."""
-    zero = getattr(getattr(trainer.strategy, "deepspeed_engine", None), "optimizer", None)
-    inner: Any = trainer.optimizers[0] if zero is None else zero.optimizer
-    parameters = [*module.parameters(), *module.buffers()]
-    # What the engine holds under other names: parts of ZeRO 3's parameters, averaged gradients.
-    parts = [getattr(p, "ds_tensor", None) for p in module.parameters()]
-    averaged = [
-        *getattr(zero, "averaged_gradients", {}).values(),
-        *getattr(zero, "all_grad_tensors", {}).values(),
-    ]
-    flat = getattr(zero, "grad_partitions_flat_buffer", None)
-    gradients = [p.grad for p in module.parameters()]
-    masters = getattr(zero, "single_partition_of_fp32_groups", None)
-    masters = masters or getattr(zero, "fp32_partitioned_groups_flat", [])
-    states = [value for state in inner.state.values() for value in state.values()]
-    seen = set(before)
-    held = {
-        "parameters": _new_bytes([*parameters, *parts], seen),
-        "gradients": _new_bytes([gradients, averaged, flat], seen),
-        "optimizer": _new_bytes([*masters, *states], seen),
-    }
-    return {**held, "work": _new_bytes(_alive(), seen)}
-
-
-def _alive() -> list[torch.Tensor]:
-    gc.collect()
-    return [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
-
-
 def _masters(trainer: pl.Trainer) -> list[torch.Tensor]:
     """Return the fp32 weights that this worker's optimizer changes."""
     engine = getattr(trainer.strategy, "deepspeed_engine", None)
     if engine is None or not hasattr(engine, "optimizer"):
         return [p.detach() for p in trainer.lightning_module.parameters()]
     return [group.master.detach() for group in shards.groups_of(engine.optimizer)]
-
-
-def _new_bytes(values: Iterable[Any], seen: set[int]) -> int:
-    total = 0
-    for value in values:
-        if isinstance(value, list | tuple):
-            total += _new_bytes(value, seen)
-        elif isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            storage = value.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                total += storage.nbytes()
-    return total
 
 
 def train(rank: int, world_size: int, trials: list[Trial]) -> list[Outcome]:
@@ -234,7 +194,6 @@ def train(rank: int, world_size: int, trials: list[Trial]) -> list[Outcome]:
 
 def _train(trial: Trial, rank: int, world_size: int) -> Outcome:
     outcome = Outcome()
-    watch = _Watch(trial, outcome)
     memory.BUCKET = trial.bucket
     strategy = build_strategy(Choice(trial.strategy, ""), lambda: 1.0, CPU, offload=trial.offload)
     trainer = pl.Trainer(
@@ -246,37 +205,42 @@ def _train(trial: Trial, rank: int, world_size: int) -> Outcome:
         max_epochs=1,
         accumulate_grad_batches=trial.accumulation,
         gradient_clip_val=trial.clip,
-        callbacks=[watch],
+        callbacks=[_Watch(trial, outcome)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(Model(trial.width, trial.optimizer), _Batches(trial, rank, world_size))
+    module = Model(trial.width, trial.optimizer, frozen=trial.frozen)
+    if trial.load:  # nothing of a fresh model may do in place of what was saved
+        for tensor in module.state_dict().values():
+            tensor.zero_()
+    trainer.fit(module, _Batches(trial, rank, world_size))
     return outcome
 
 
 def expected(trial: Trial, num_workers: int) -> Need:
     """Return what the formula says."""
-    size = Model(trial.width, trial.optimizer).size()
-    return need(size, trial.strategy, precision=trial.precision, num_workers=num_workers)
+    size = Model(trial.width, trial.optimizer, frozen=trial.frozen).size()
+    options = {"precision": trial.precision, "offload": trial.offload}
+    return need(size, trial.strategy, num_workers=num_workers, **options)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--precision", nargs="+", default=["32", "bf16"])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     trials = [
         Trial(strategy=strategy, precision=precision, width=args.width, count=True)
         for precision in args.precision
         for strategy in memory.STRATEGIES
     ]
-    size = Model(args.width, "adamw").size()
-    print(f"{size.parameters:,} parameters, AdamW, {args.workers} workers")
+    parameters = Model(args.width, "adamw").size().parameters
+    print(f"{parameters:,} parameters, AdamW, {args.workers} workers")
     columns = ("precision", "strategy", *KINDS, "together", "formula", "buffers")
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")

@@ -111,7 +111,11 @@ def need(
             # What is sent: gradients are views of it, but not while they are accumulated.
             work=_FP32 * size.trainable,
         )
-    stage, each = int(strategy[-1]), _FP32 if precision == "32" else 2
+    each = _FP32 if precision == "32" else 2
+    return _of_zero(size, int(strategy[-1]), each=each, num_workers=num_workers, offload=offload)
+
+
+def _of_zero(size: ModelSize, stage: int, *, each: int, num_workers: int, offload: bool) -> Need:
     parameters: float = size.parameters
     gradients = size.trainable / (num_workers if stage >= 2 else 1)
     if stage == 3:
@@ -122,7 +126,7 @@ def need(
     bucket = min(BUCKET, size.trainable)
     gathered = 2 * max(bucket, size.largest) if stage == 3 else 0
     # At the step a worker's gradients are copied to fp32, where they are not yet.
-    copied = 0 if precision == "32" else _FP32 * size.trainable / num_workers
+    copied = 0 if each == _FP32 else _FP32 * size.trainable / num_workers
     work = each * (2 * bucket + gathered) + copied
     if not offload:
         return Need(
@@ -131,13 +135,16 @@ def need(
             optimizer=optimizer,
             work=work,
         )
+    # DeepSpeed keeps a worker's gradients there in fp32, ZeRO 1 and 2 its new weights, 2 and 3 what
+    # is accumulated; 1 and 2 take a gradient there through a buffer on either side.
+    kept, through = 2 if stage == 2 else 1, 0 if stage == 3 else each * size.largest
     return Need(
         parameters=each * parameters + size.buffer_bytes,
         # ZeRO 2 and 3 move a worker's part to the node as it is computed; ZeRO 1 does so last.
         gradients=each * gradients if stage == 1 else 0,
         optimizer=0,
-        work=work - copied,
-        host=optimizer + _FP32 * size.trainable / num_workers,
+        work=work - copied + through,
+        host=optimizer + (_FP32 + kept * each) * size.trainable / num_workers + through,
     )
 
 

@@ -47,10 +47,12 @@ def test_zero3_keeps_small_parameters_whole() -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_offloaded_optimizer_lies_on_the_node(stage: int) -> None:
     strategy = f"zero{stage}"
-    kept = need(BIG, strategy, precision="bf16", num_workers=64)
-    moved = need(BIG, strategy, precision="bf16", num_workers=64, offload=True)
+    # In many layers: the largest gradient travels through a buffer.
+    size = ModelSize.of([(4_000_000, True)] * 400)
+    kept = need(size, strategy, precision="bf16", num_workers=64)
+    moved = need(size, strategy, precision="bf16", num_workers=64, offload=True)
     assert moved.optimizer == 0
-    assert moved.host >= kept.optimizer
+    assert moved.host > kept.optimizer
     assert moved.total < kept.total
 
 
