@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 GLOBAL_BATCH, EPOCHS, CLIP = 13, 3, 0.05  # 13 is no multiple of 2 or 3 workers
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 SCHEDULES = ("one_cycle", "every_2_steps", "epochs", "plateau", "plateau_steps")
+ZERO_SCHEDULES = [("one_cycle", "zero1"), ("plateau", "zero3")]
 GRADIENTS = {
     **{(strategy, "tensor"): {"strategy": strategy} for strategy in STRATEGIES},
     ("ddp", "dict"): {"strategy": "ddp", "returns": "dict"},
@@ -81,6 +82,11 @@ def outcomes(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Outcomes
             if workers > 1:
                 stop = 5 if workers == 2 else None
                 starts[schedule, "resumed"] = dataclasses.replace(resumed, stop_after=stop)
+        for schedule, strategy in ZERO_SCHEDULES if workers > 1 else ():
+            config = make_config(index, "Scheduled", schedule=schedule, micro=4, strategy=strategy)
+            run = str(folder / f"{schedule}-{strategy}")
+            stop = 5 if workers == 2 else None
+            starts[schedule, strategy] = Start(run=run, config=config, stop_after=stop)
         seen = train(workers, *starts.values())
         found |= {(workers, key): each for key, each in zip(starts, seen, strict=True)}
     return found
@@ -156,6 +162,13 @@ def test_rates_are_a_function_of_the_samples(outcomes: Outcomes, schedule: str) 
         assert ended.noted["epoch_steps"] == alone.noted["epoch_steps"] == 4
 
 
+@pytest.mark.parametrize("key", ZERO_SCHEDULES)
+def test_rates_are_those_of_ddp_under_zero(outcomes: Outcomes, key: tuple[str, str]) -> None:
+    alone, (killed, resumed) = outcomes[1, key[0]][0], (outcomes[n, key][0] for n in (2, 3))
+    assert list(killed.rates) == [0, 1, 2, 3, 4]
+    assert {**killed.rates, **resumed.rates} == alone.rates
+
+
 def test_the_samples_of_a_step_are_the_same_at_any_world_size(outcomes: Outcomes) -> None:
     def consumed(workers: int) -> set[str]:
         noted = [ended.noted["ids"] for ended in outcomes[workers, ("ddp", "tensor")]]
@@ -175,15 +188,15 @@ def test_steps_by_hand_are_counted_on_after_a_resume(index: Index, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("module", "micro", "said"),
+    ("module", "micro", "workers", "said"),
     [
-        ("Direct", GLOBAL_BATCH, "self.manual_backward(loss)"),
-        ("Skips", 2, "Skips.training_step returned no loss, "),
+        ("Direct", GLOBAL_BATCH, 2, "self.manual_backward(loss)"),
+        ("Skips", 2, 1, "Skips.training_step returned no loss, "),
     ],
 )
 def test_a_module_that_learns_past_the_weighted_loss_is_refused(
-    index: Index, tmp_path: Path, module: str, micro: int, said: str
+    index: Index, tmp_path: Path, module: str, micro: int, workers: int, said: str
 ) -> None:
     config = make_config(index, module, micro=micro)
-    ended = train(2, Start(run=str(tmp_path / module), config=config))[0]
+    ended = train(workers, Start(run=str(tmp_path / module), config=config))[0]
     assert all(said in each.error for each in ended)
