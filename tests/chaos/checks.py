@@ -33,6 +33,8 @@ _USUAL = (
     "stacks/rank-*.txt",
     "tensorboard/*",
 )
+# One folder for each user, whatever is killed.
+_TORCH_CACHE = "torchinductor_"
 # A driver's first restart imports what later ones use again.
 _WARM_UP_KILLS, _COMPARED_KILLS = 2, 3
 JUDGED_KILLS = _WARM_UP_KILLS + 2 * _COMPARED_KILLS
@@ -93,7 +95,8 @@ def leaks(arena: Arena, shm_before: set[str], *, patience_s: float = 90.0) -> li
     new = shared_memory() - shm_before
     ours = new - victims.open_files(_SHARED_MEMORY, but=frozenset(left)) if new else new
     found += [f"shared memory {name}" for name in sorted(ours)]
-    found += [f"temporary file or folder {path.name}" for path in arena.temporary.iterdir()]
+    names = sorted(path.name for path in arena.temporary.iterdir())
+    found += [f"temporary file or folder {n}" for n in names if not n.startswith(_TORCH_CACHE)]
     return found + strangers(Path(arena.run))
 
 

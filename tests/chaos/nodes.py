@@ -4,7 +4,8 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import pytest
 import ray
@@ -15,6 +16,7 @@ from chaos.arena import Arena
 
 # Ray Data's own, one for each cluster.
 _KNOWN_ACTORS = ("_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor")
+T = TypeVar("T")
 
 
 class Nodes:
@@ -65,18 +67,18 @@ class Nodes:
 
     def grown(self, before: Counter[str], *, patience_s: float = 20.0) -> list[str]:
         """Return what is held beyond what was `before`, once that had time to end."""
-        deadline = time.monotonic() + patience_s
-        while (more := self.held() - before) and time.monotonic() < deadline:
-            time.sleep(0.5)
+        more = _await_nothing(lambda: self.held() - before, patience_s)
         return [f"{count} more {name}" for name, count in sorted(more.items())]
 
     def left_over(self, *, patience_s: float = 20.0) -> list[str]:
         """Return what outlived all runs: actors, placement groups, objects."""
         found = self.grown(Counter(), patience_s=patience_s)
-        store = get_memory_info_reply(get_state_from_address(self.address)).store_stats
-        if store.object_store_bytes_used:
-            found.append(f"{store.object_store_bytes_used} bytes of objects in shared memory")
-        return found
+        stored = _await_nothing(self._stored_bytes, patience_s)
+        return found + ([f"{stored} bytes of objects in shared memory"] if stored else [])
+
+    def _stored_bytes(self) -> int:
+        state = get_state_from_address(self.address)
+        return int(get_memory_info_reply(state).store_stats.object_store_bytes_used)
 
     def stop(self) -> None:
         """End all nodes."""
@@ -104,6 +106,14 @@ def nodes_for(arena: Arena, *, lose: bool = False) -> Iterator[Nodes]:
     finally:
         arena.end()
         nodes.stop()
+
+
+def _await_nothing(look: Callable[[], T], patience_s: float) -> T:
+    """Return what `look` finds, once it finds nothing or patience ends."""
+    deadline = time.monotonic() + patience_s
+    while (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return found
 
 
 def _raylet(node: object) -> int:
