@@ -37,7 +37,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--scaling.num_workers two", r"'scaling\.num_workers': 'two' is neither a whole number"),
         (
             "--train.early_stopping.monitor val_los",
-            r"monitor='val_los' is never logged: ImageClassifier logs .*mean 'val_loss'\?",
+            r"monitor='val_los' is never logged: .*ImageClassifier logs .*mean 'val_loss'\?",
         ),
         ("--storage_path {root}/config.yaml/runs", r"/config\.yaml/runs"),
         ("--storage_path /proc/runs", r"/proc/runs"),
