@@ -69,7 +69,6 @@ def config_with(name: str, **init_args: Any) -> Config:
 
 
 def test_mlflow_gets_one_run_of_two_starts(server: str, tmp_path: Path) -> None:
-    pytest.importorskip("mlflow", reason="pip install 'orchestrator[mlflow]'")
     config = config_with("MLFlowLogger", tracking_uri=server, experiment_name="photos")
     assert log(config, tmp_path) == []
     assert json.loads((tmp_path / IDS_FILE).read_text()) == {"0-MLFlowLogger": "run-1"}
@@ -88,7 +87,6 @@ def test_mlflow_gets_one_run_of_two_starts(server: str, tmp_path: Path) -> None:
 def test_mlflow_whose_server_is_gone_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("mlflow", reason="pip install 'orchestrator[mlflow]'")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     events = log(config_with("MLFlowLogger", tracking_uri="http://127.0.0.1:9"), tmp_path)
     assert "Max retries exceeded" in events[0]["error"]
@@ -96,7 +94,6 @@ def test_mlflow_whose_server_is_gone_stops_nothing(
 
 
 def test_wandb_works_offline(tmp_path: Path) -> None:
-    pytest.importorskip("wandb", reason="pip install 'orchestrator[wandb]'")
     assert log(config_with("WandbLogger", offline=True, project="photos"), tmp_path) == []
     (written,) = (tmp_path / "loggers").glob("wandb/offline-run-*/run-*.wandb")
     assert written.stat().st_size > 0
