@@ -81,6 +81,8 @@ class Loader:
         self.current: Current | None = None
         self.waited_s = 0.0
         """Seconds spent waiting for blocks so far."""
+        self.waiting_since: float | None = None
+        """When the wait for a block began that goes on (`time.monotonic`), if one does."""
         self.prepared_s = 0.0
         """Seconds spent on turning micro-batches into batches on the device so far."""
         self.image_size = image_size
@@ -143,8 +145,9 @@ class Loader:
         """Yield what each training step works on, a stand-in where its share is empty."""
         last = self.batching.num_steps * self.batching.micro_batches - self.batching.num_workers
         while True:
-            began = time.perf_counter()
+            began, self.waiting_since = time.perf_counter(), time.monotonic()
             batch = next(self._batches, None)
+            self.waiting_since = None
             self.waited_s += time.perf_counter() - began
             if batch is None:
                 return

@@ -118,6 +118,7 @@ def fit(
     strategy = check(config)
     run = run_uri(config)
     if preflight.is_finished(config, run):
+        lease.clear(run)
         return RunResult(run, result_of(run, config))
     with lease.held(run) as mine:
         return _fit(

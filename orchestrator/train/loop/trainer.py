@@ -24,6 +24,7 @@ from orchestrator.train.loop.pushed import Pushed
 from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.loop.reporting import Reporter
 from orchestrator.train.loop.standstill import Standstill
+from orchestrator.train.loop.starvation import Starvation
 from orchestrator.train.loop.validator import Validator
 from orchestrator.train.strategies.precision import Choice, lightning_precision
 from orchestrator.train.strategies.strategy import build_strategy
@@ -91,6 +92,7 @@ def build_trainer(
     callbacks.append(Reporter(recorder, loader, extra))
     limit_s = config.train.hang_timeout_s
     callbacks.append(Standstill(job.run, job.board, limit_s, lambda: recorder.step))
+    callbacks.append(Starvation(recorder, loader, limit_s=limit_s))
     # After the recorder, which counts the step that it commits.
     callbacks.append(
         PauseAtNotice(recorder, loader, config.scaling, resize_every_s=job.resize_every_s)

@@ -145,6 +145,13 @@ def held(run: str) -> Iterator[Lease]:
         lease.release()
 
 
+def clear(run: str) -> None:
+    """Delete the lease of a driver that was killed when its run had ended."""
+    newest = _newest(run)
+    if newest is not None and _is_dead(newest.holder):
+        _delete_up_to(run, newest.number)
+
+
 def check(run: str, token: str) -> None:
     """Check that a start's workers may still commit.
 

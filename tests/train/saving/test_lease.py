@@ -87,6 +87,21 @@ def test_a_killed_driver_does_not_block_the_next(run: str) -> None:
         lease.check(run, token)
 
 
+def test_a_finished_run_forgets_a_driver_that_was_killed_and_no_other(run: str) -> None:
+    with lease.held(run):
+        lease.clear(run)
+        assert len(leases(run)) == 1
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.kill()
+    assert len(leases(run)) == 1
+    lease.clear(run)
+    assert leases(run) == []
+
+
 def test_workers_of_an_earlier_start_no_longer_commit(run: str) -> None:
     with lease.held(run) as mine:
         first, second = mine.renew(), mine.renew()
