@@ -1,5 +1,6 @@
 """Lightning trains with loggers whose disk is full, or whose server is slow or gone."""
 
+import contextlib
 import resource
 import signal
 import threading
@@ -58,22 +59,29 @@ def test_a_folder_that_cannot_be_made_does_not_stop_training(
     assert events[-1]["lost"] > 20
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk() -> Iterator[None]:
-    """Let no file grow beyond 2 kB, which writes notice as they notice a full disk: too late."""
+    """Let no file grow beyond 2 kB, which writes notice as they notice a full disk: too late.
+
+    No fixture: between tests pytest itself writes to a file that may be longer.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_does_not_stop_training(tmp_path: Path, small_disk: None) -> None:
+def test_a_full_disk_does_not_stop_training(tmp_path: Path) -> None:
     events = Events()
     args = {"save_dir": str(tmp_path), "name": "", "version": ""}
-    assert fit(patient(TensorBoardLogger, args, tell=events), steps=60).global_step == 60
+    with small_disk():
+        trainer = fit(patient(TensorBoardLogger, args, tell=events), steps=60)
+    assert trainer.global_step == 60
     assert "File too large" in events[0]["error"]
     assert events[-1]["lost"] > 10
 
