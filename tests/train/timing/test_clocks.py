@@ -123,7 +123,9 @@ def starts(folder: Path, quick: Index, far: dict[str, str]) -> dict[str, Start]:
         quick, folder / "killed", "model", checkpoint=CheckpointConfig(every_steps=10)
     )
     first = submit(killed, stop_after=STEPS - 1)
-    bare.train(2, *found.values(), first, dataclasses.replace(first, stop_after=None))
+    # A process's first validation takes a while, which would be a sixth of the first trial's time.
+    warm_up = submit(make_config(quick, folder / "warm-up"))
+    bare.train(2, warm_up, *found.values(), first, dataclasses.replace(first, stop_after=None))
     return {**found, "killed": first}
 
 
