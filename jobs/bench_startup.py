@@ -46,6 +46,8 @@ def command(root: Path, name: str, workers: int) -> list[str]:
         "model.init_args.arch": "tiny_resnet",
         "train.max_epochs": 1_000,
         "train.early_stopping": "null",
+        # Without progress between them, the third kill at one step would end the run.
+        "train.checkpoint.every_steps": 1,
         "scaling.num_workers": workers,
     }
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
