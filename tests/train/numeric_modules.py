@@ -111,6 +111,17 @@ class NotFinite(Plain):
         return loss * float(self.wrong)
 
 
+class Unset(Plain):
+    """Sets up in memory that holds nan wherever nobody writes, and trains in the usual one."""
+
+    def configure_optimizers(self) -> Any:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is then nan
+        return super().configure_optimizers()
+
+    def on_train_start(self) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
 class Steep(Plain):
     """Its gradient, scaled as fp16 scales first, overflows; with `at_any_scale`, at any."""
 

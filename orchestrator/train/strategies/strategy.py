@@ -174,6 +174,8 @@ class ZeroStrategy(_Weighted, RayDeepSpeedStrategy):  # type: ignore[misc]
         # guard counts skipped steps under every strategy, and says what to do.
         vars(self._zero.loss_scaler)["raise_error_at_min_scale"] = False
         zero_parts.match_statistics(self.lightning_module)
+        if self.zero_stage_3:
+            zero_parts.clear_padding(self._zero, self.global_rank)
 
     @property
     def _divided_twice(self) -> int:

@@ -31,6 +31,23 @@ def leave_out_shared_memory() -> None:
     vars(deepspeed.ops)["__compatible_ops__"] = {}
 
 
+def clear_padding(zero: Any, rank: int) -> None:
+    """Set to 0 what ZeRO 3 pads the last parts of its parameters with.
+
+    DeepSpeed 0.19 leaves there what the memory held before. No gradient reaches it, but it stands
+    among the master weights: their norm may be infinite or nan, for the guard as for an optimizer
+    that looks at norms (LAMB).
+    """
+    for parameters, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        at = 0
+        for parameter in parameters:
+            part = parameter.partition_numel()
+            real = min(max(parameter.ds_numel - rank * part, 0), part)
+            for padded in (parameter.ds_tensor.data, master.detach()[at : at + part]):
+                padded[real:].zero_()
+            at += part
+
+
 def load_whole(module: pl.LightningModule, weights: dict[str, Any]) -> None:
     """Load under ZeRO 3 what no shard holds: buffers and frozen parameters."""
     import deepspeed

@@ -112,3 +112,24 @@ def test_a_run_that_goes_on_meets_it_again_and_says_the_same(
 
 def event_of_last(run: str) -> dict[str, Any]:
     return [event for event in read_events(run) if event["event"] == "not_finite"][-1]
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_what_nobody_writes_is_no_alarm(tmp_path: Path, precision: str) -> None:
+    uri = write_packed(tmp_path / "data", train=40, val=7).uri
+    config = make_config(uri, ("nan", "zero3", "tensor"))
+    model = ModelConfig(class_path="numeric_modules.Unset", init_args={"lr": 0.01})
+    once = dataclasses.replace(config.train, max_epochs=1, precision=precision)
+    config = dataclasses.replace(config, model=model, train=once)
+    (workers,) = train(2, Start(run=str(tmp_path / "run"), config=config))
+    assert {each.error for each in workers} == {""}
+    # Their shards are written as they stand.
+    last = checkpoint.list_manifests(str(tmp_path / "run"))[-1]
+    folder = Path(checkpoint.checkpoint_uri(str(tmp_path / "run"), last.step))
+    masters = [
+        group["master"]
+        for path in folder.glob("zero-rank-*.pt")
+        for group in torch.load(path)["groups"]
+    ]
+    assert len(masters) == 2
+    assert all(bool(torch.isfinite(master).all()) for master in masters)
