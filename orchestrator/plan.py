@@ -9,8 +9,7 @@ from orchestrator.data.index import Index
 from orchestrator.data.source import Placement
 from orchestrator.data.sources import read_data
 from orchestrator.run import read_events, run_uri
-from orchestrator.train import launch
-from orchestrator.train.recovery import shrink
+from orchestrator.train import launch, memory_limits
 from orchestrator.train.recovery.notice import NOTICE_MARGIN, NOTICE_S, Interval
 from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.capacity import held_by_reading
@@ -28,9 +27,10 @@ def describe(config: Config) -> str:
     """
     config = dataclasses.replace(config, data=launch.absolute(config.data))
     choice = launch.check(config)
-    index, limits = read_data(config.data), shrink.limits_of(read_events(run_uri(config)), config)
-    config = shrink.limited(config, limits)
-    held = [f"{shrink.describe(limits)}.", ""] if limits else []
+    index = read_data(config.data)
+    limits = memory_limits.limits_of(read_events(run_uri(config)), config)
+    config = memory_limits.limited(config, limits)
+    held = [f"{memory_limits.describe(limits)}.", ""] if limits else []
     measured: Measured | None = None
     try:
         measured = measure(config.model, num_classes=len(index.classes))

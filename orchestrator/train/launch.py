@@ -26,11 +26,11 @@ from orchestrator.run import (
 )
 from orchestrator.train import preflight, resuming
 from orchestrator.train.entry import run_worker
+from orchestrator.train.errors import Diverged
 from orchestrator.train.job import Job
 from orchestrator.train.outcome import close_diverged, close_failed, close_run, result_of
 from orchestrator.train.recovery.again import fit_again
 from orchestrator.train.recovery.elastic import RunTrainer
-from orchestrator.train.recovery.errors import Diverged
 from orchestrator.train.recovery.mistakes import FailurePolicy, GaveUp
 from orchestrator.train.recovery.preemptions import NotePreemptions
 from orchestrator.train.recovery.shrink import RememberMemory

@@ -6,9 +6,9 @@ from typing import Any
 
 from orchestrator.config import Config
 from orchestrator.run import append_event, read_events, read_result, write_result
+from orchestrator.train import memory_limits
 from orchestrator.train.account import account
-from orchestrator.train.recovery import shrink
-from orchestrator.train.recovery.errors import Diverged
+from orchestrator.train.errors import Diverged
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.timing.timeline import Events, last_sign, moment_of, since_submission
 
@@ -104,7 +104,7 @@ def _result(run: str, config: Config, *, now: float) -> dict[str, Any]:
         "wall_s": _wall_s(events, now),
         **account(events, last, config, now=now),
         "workers": last.world_size,
-        "micro_batch": shrink.report(config, events, num_workers=last.world_size),
+        "micro_batch": memory_limits.report(config, events, num_workers=last.world_size),
         "decisions": {
             "precision": decided.get("precision"),
             "strategy": decided.get("strategy"),

@@ -19,9 +19,9 @@ from orchestrator.config import UserError
 from orchestrator.data import feeds
 from orchestrator.data.sources import read_data
 from orchestrator.run import CONFIG_FILE, append_event, read_events
-from orchestrator.train import feeding
+from orchestrator.train import feeding, memory_limits
 from orchestrator.train.job import Job
-from orchestrator.train.recovery import elastic, failures, shrink
+from orchestrator.train.recovery import elastic, failures
 from orchestrator.train.saving import checkpoint, groups
 from orchestrator.train.saving.rewinding import rewind
 from orchestrator.train.saving.staging import Staging
@@ -86,9 +86,9 @@ def _prepare_process(job: Job) -> None:
 def _fitting(job: Job) -> Job:
     """Return the job with micro-batches as small as earlier starts learnt that they must be."""
     first = ray.train.get_context().get_world_rank() == 0
-    limits = shrink.limits_of(read_events(job.run), job.config) if first else {}
+    limits = memory_limits.limits_of(read_events(job.run), job.config) if first else {}
     agreed: dict[str, int] = broadcast_from_rank_zero(limits)
-    return dataclasses.replace(job, config=shrink.limited(job.config, agreed), limits=agreed)
+    return dataclasses.replace(job, config=memory_limits.limited(job.config, agreed), limits=agreed)
 
 
 def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest | None:

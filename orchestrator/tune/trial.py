@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from orchestrator import cluster
 from orchestrator.config import Config, UserError
 from orchestrator.train import launch
-from orchestrator.train.recovery.errors import Diverged
+from orchestrator.train.errors import Diverged
 from orchestrator.tune.mailbox import Forward, Mail
 from orchestrator.tune.rungs import Reason
 

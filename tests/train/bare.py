@@ -29,13 +29,13 @@ from orchestrator.data.device import ToDevice
 from orchestrator.data.feeds import Feed
 from orchestrator.data.loader import Loader, Opened
 from orchestrator.data.sources import read_data
+from orchestrator.train.errors import OutOfMemory, is_out_of_memory
 from orchestrator.train.loop.loops import Plateaus, Trainer
 from orchestrator.train.loop.pushed import Pushed
 from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.loop.trainer import Batches
 from orchestrator.train.loop.validator import Validator
 from orchestrator.train.place import Place
-from orchestrator.train.recovery.errors import OutOfMemory, is_out_of_memory
 from orchestrator.train.saving import checkpoint, lease
 from orchestrator.train.saving.journal import RunFacts
 from orchestrator.train.strategies.precision import Choice, lightning_precision

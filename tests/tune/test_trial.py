@@ -1,8 +1,8 @@
 """What a sweep is told of a trial that an error ended."""
 
 from orchestrator.config import UserError
+from orchestrator.train.errors import Diverged
 from orchestrator.train.launch import TrainingFailed
-from orchestrator.train.recovery.errors import Diverged
 from orchestrator.tune.trial import failure
 
 

@@ -24,8 +24,8 @@ import torch
 from orchestrator.config import UserError
 from orchestrator.data.loader import Loader
 from orchestrator.run import append_event
+from orchestrator.train.errors import Diverged
 from orchestrator.train.loop.skips import MOST_IN_A_ROW, Skips
-from orchestrator.train.recovery.errors import Diverged
 from orchestrator.train.strategies.strategy import ModelStrategy
 from orchestrator.train.tally import gather
 

@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 from orchestrator import cluster
 from orchestrator.config import UserError
 from orchestrator.data.loader import Loader
+from orchestrator.train.errors import OutOfMemory, is_out_of_memory
 from orchestrator.train.loop.recorder import Recorder
-from orchestrator.train.recovery.errors import OutOfMemory, is_out_of_memory
-from orchestrator.train.recovery.shrink import EVAL_BATCH, MICRO_BATCH
+from orchestrator.train.memory_limits import EVAL_BATCH, MICRO_BATCH
 
 
 class Pushed(pl.Callback):

@@ -15,14 +15,13 @@ from orchestrator.data.index import Index
 from orchestrator.data.loader import Loader
 from orchestrator.data.source import Placement
 from orchestrator.run import append_event
-from orchestrator.train import feeding, model
+from orchestrator.train import feeding, memory_limits, model
 from orchestrator.train.job import Job
 from orchestrator.train.loop.pushed import Pushed
 from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.loop.trainer import Batches, build_trainer
 from orchestrator.train.module import ImageClassifier
 from orchestrator.train.place import Place
-from orchestrator.train.recovery import shrink
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.saving.journal import RunFacts
 from orchestrator.train.saving.staging import Staging
@@ -101,7 +100,8 @@ def _train(work: Work, opened: contextlib.ExitStack) -> None:
 
 
 def _tell_decisions(work: Work, job: Job, precision: Choice) -> None:
-    batching, placement, limits = work.feed.batching, work.placement, shrink.describe(job.limits)
+    batching, placement = work.feed.batching, work.placement
+    limits = memory_limits.describe(job.limits)
     if limits:
         job.board.say.remote(limits)
     append_event(
@@ -135,7 +135,7 @@ def _check_module(module: pl.LightningModule, job: Job) -> None:
     share = -(-data.global_batch // fewest)
     if share > data.max_micro_batch:
         remedy = f"raise data.max_micro_batch to {share}, or scaling.num_workers"
-        if shrink.MICRO_BATCH in job.limits:
+        if memory_limits.MICRO_BATCH in job.limits:
             remedy = "more ran out of memory, so raise scaling.num_workers, or take a smaller model"
         raise UserError(
             f"{by_hand}, so that its share of a step must be one micro-batch, but on {fewest} "

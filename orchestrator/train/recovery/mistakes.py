@@ -25,8 +25,8 @@ from orchestrator import cluster
 from orchestrator.config import TrainConfig, UserError
 from orchestrator.run import append_event, failures_since_submission
 from orchestrator.storage import StorageError
+from orchestrator.train.errors import Diverged, OutOfMemory
 from orchestrator.train.recovery import elastic
-from orchestrator.train.recovery.errors import Diverged, OutOfMemory
 from orchestrator.train.recovery.failures import (
     Cause,
     CodeError,

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -23,6 +23,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import cluster
 from orchestrator.config import BesideConfig, Config
+from orchestrator.run import read_events
+from orchestrator.train import memory_limits
+from orchestrator.train.errors import OutOfMemory, is_out_of_memory
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.validation.watchdog import Watchdog
 
@@ -51,11 +54,14 @@ class Outcome:
 class ValidationProcess:
     """The actor's state; it answers each step once and remembers the answer."""
 
-    def __init__(self, run: str, config: Config, beside: BesideConfig, paths: list[str]) -> None:
+    def __init__(
+        self, run: str, config: Config, beside: BesideConfig, paths: list[str], board: Any
+    ) -> None:
         cluster.extend_imports(paths)
         self._run = run
         self._config = config
         self._beside = beside
+        self._board = board
         self._known: dict[int, Outcome] = {}
 
     def validate(self, step: int) -> Outcome:
@@ -69,17 +75,34 @@ class ValidationProcess:
             manifest = checkpoint.read_manifest(self._run, step)
             if manifest.metrics:
                 return Outcome(step=step, metrics=manifest.metrics, pid=os.getpid())
-            # Only now: 8 s of CPU that a run which is starting must not pay.
-            from orchestrator.train.validation import replica
-
             with self._watched() as watchdog:
-                metrics, bad = replica.validate(
-                    self._run, self._config, self._beside, manifest, note=watchdog.note
-                )
+                metrics, bad = self._fitting(manifest, watchdog.note)
             return Outcome(step=step, metrics=metrics, bad=tuple(bad), pid=os.getpid())
         except Exception as error:  # of the user's module or of storage: training goes on
             said = f"{type(error).__name__}: {cluster.sentence(error)}"
             return Outcome(step=step, failed=said, pid=os.getpid())
+
+    def _fitting(
+        self, manifest: checkpoint.Manifest, note: Callable[[], None]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Validate with as many samples at once as fit; what did not is written down."""
+        # Only now: 8 s of CPU that a run which is starting must not pay.
+        from orchestrator.train.validation import replica
+
+        while True:
+            known = memory_limits.limits_of(read_events(self._run), self._config)
+            config = memory_limits.limited(self._config, known)
+            size = config.data.eval_batch
+            try:
+                return replica.validate(self._run, config, self._beside, manifest, note=note)
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                said = cluster.sentence(error)
+            # After the block, whose traceback holds the model and the batch that were too much.
+            replica.free_memory()
+            lacking = OutOfMemory(memory_limits.EVAL_BATCH, size, manifest.step, said)
+            memory_limits.remember(self._run, self._config, self._board, lacking, worker=-1)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[Watchdog]:
@@ -126,7 +149,7 @@ def process(run: str, config: Config, board: Any) -> Iterator[Process | None]:
         max_task_retries=_MAX_RETRIES,
         scheduling_strategy=PlacementGroupSchedulingStrategy(place, 0),
     )
-    handle = actor.remote(run, config, beside, cluster.import_paths())
+    handle = actor.remote(run, config, beside, cluster.import_paths(), board)
     try:
         yield Process(handle, place)
     finally:

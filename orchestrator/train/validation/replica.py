@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -83,6 +84,13 @@ def validate(
     with contextlib.closing(loader):
         trainer.validate(module, dataloaders=loader.take(1), verbose=False)
     return {name: float(v) for name, v in trainer.callback_metrics.items()}, watch.bad
+
+
+def free_memory() -> None:
+    """Give back what a validation that failed held, for the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _open_loader(config: Config, device: torch.device, threads: int) -> Loader:

@@ -14,10 +14,10 @@ from orchestrator.config import (
     TrainConfig,
     UserError,
 )
+from orchestrator.train import memory_limits
 from orchestrator.train.job import Job
 from orchestrator.train.loop import training
 from orchestrator.train.module import ImageClassifier
-from orchestrator.train.recovery import shrink
 from orchestrator.train.saving.checkpoint import Manifest
 from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.choice import Choice
@@ -92,7 +92,7 @@ def test_a_module_that_optimizes_by_hand_must_hold_its_share_on_the_fewest_worke
         UserError, match=r"on 1 workers that is 16 .* raise data.max_micro_batch to"
     ):
         training._check_module(by_hand, short)
-    limited = dataclasses.replace(short, limits={shrink.MICRO_BATCH: 8})
+    limited = dataclasses.replace(short, limits={memory_limits.MICRO_BATCH: 8})
     with pytest.raises(UserError, match=r"more ran out of memory, so raise scaling\.num_workers"):
         training._check_module(by_hand, limited)
     clipped = job(data=data, scaling=enough.config.scaling, train=TrainConfig(gradient_clip_norm=1))

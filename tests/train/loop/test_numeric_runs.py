@@ -16,8 +16,8 @@ from orchestrator.config import (
     TrainConfig,
 )
 from orchestrator.run import read_events
+from orchestrator.train.errors import Diverged
 from orchestrator.train.launch import fit
-from orchestrator.train.recovery.errors import Diverged
 from orchestrator.train.saving import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(300)]

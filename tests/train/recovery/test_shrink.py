@@ -13,8 +13,10 @@ from orchestrator.config import Config, DataConfig
 from orchestrator.overrides import config_digest
 from orchestrator.run import read_events
 from orchestrator.storage import StorageError
-from orchestrator.train.recovery import shrink
-from orchestrator.train.recovery.errors import OutOfMemory, is_out_of_memory
+from orchestrator.train import memory_limits
+from orchestrator.train.errors import OutOfMemory, is_out_of_memory
+from orchestrator.train.memory_limits import EVAL_BATCH, MICRO_BATCH
+from orchestrator.train.recovery.shrink import RememberMemory
 
 
 def raised_by(allocate: object) -> BaseException:
@@ -55,26 +57,29 @@ EVENTS = [
 
 def test_a_run_keeps_the_smallest_and_stays_the_same_run() -> None:
     config = Config(data=DataConfig(global_batch=13, max_micro_batch=8, eval_batch=64))
-    limits = shrink.limits_of(EVENTS, config)
-    lowered = shrink.limited(config, limits)
+    limits = memory_limits.limits_of(EVENTS, config)
+    lowered = memory_limits.limited(config, limits)
     assert (lowered.data.max_micro_batch, lowered.data.eval_batch) == (1, 20)
     assert lowered.data.global_batch == 13
     assert config_digest(lowered) == config_digest(config)
-    assert shrink.limited(config, {}) == config
+    assert memory_limits.limited(config, {}) == config
     # What the user has since lowered further stays lower.
     small = Config(data=DataConfig(max_micro_batch=2, eval_batch=8))
-    assert shrink.limited(small, limits).data.eval_batch == 8
+    assert memory_limits.limited(small, limits).data.eval_batch == 8
 
 
 def test_a_limit_holds_while_the_same_is_asked_for() -> None:
     events = [{**EVENTS[1], "asked": 8}, {**EVENTS[3], "asked": 64}]
     asked = Config(data=DataConfig(max_micro_batch=8, eval_batch=64))
-    assert shrink.limits_of(events, asked) == {shrink.MICRO_BATCH: 3, shrink.EVAL_BATCH: 20}
+    assert memory_limits.limits_of(events, asked) == {
+        MICRO_BATCH: 3,
+        EVAL_BATCH: 20,
+    }
     for other in (6, 16):
         changed = Config(data=DataConfig(max_micro_batch=other, eval_batch=64))
-        assert shrink.limits_of(events, changed) == {shrink.EVAL_BATCH: 20}
-    assert shrink.describe({shrink.MICRO_BATCH: 3}).startswith("data.max_micro_batch is held at 3:")
-    assert shrink.describe({}) == ""
+        assert memory_limits.limits_of(events, changed) == {EVAL_BATCH: 20}
+    assert memory_limits.describe({MICRO_BATCH: 3}).startswith("data.max_micro_batch is held at 3:")
+    assert memory_limits.describe({}) == ""
 
 
 class Board:
@@ -88,13 +93,13 @@ class Board:
         return types.SimpleNamespace(remote=self.said.append)
 
 
-def remember(callback: shrink.RememberMemory, size: int) -> None:
-    callback.after_exception(None, {1: OutOfMemory(shrink.MICRO_BATCH, size, 2, "no room")})
+def remember(callback: RememberMemory, size: int) -> None:
+    callback.after_exception(None, {1: OutOfMemory(MICRO_BATCH, size, 2, "no room")})
 
 
 def test_what_did_not_fit_is_written_once_with_what_was_asked_for(tmp_path: Path) -> None:
     board, config = Board(), Config(data=DataConfig(max_micro_batch=8))
-    callback = shrink.RememberMemory(str(tmp_path), board, config)
+    callback = RememberMemory(str(tmp_path), board, config)
     for size in (7, 7, 3):
         remember(callback, size)
     events = read_events(str(tmp_path))
@@ -108,9 +113,9 @@ def test_storage_that_does_not_take_it_ends_the_run_at_the_second_time(
     def refuse(*_: Any, **__: Any) -> None:
         raise StorageError("no space left")
 
-    monkeypatch.setattr(shrink, "append_event", refuse)
+    monkeypatch.setattr(memory_limits, "append_event", refuse)
     board = Board()
-    callback = shrink.RememberMemory(str(tmp_path), board, Config())
+    callback = RememberMemory(str(tmp_path), board, Config())
     remember(callback, 7)
     assert len(board.said) == 1
     remember(callback, 5)
@@ -120,7 +125,7 @@ def test_storage_that_does_not_take_it_ends_the_run_at_the_second_time(
 
 def test_a_result_says_what_was_asked_for_and_what_was_used() -> None:
     config = Config(data=DataConfig(global_batch=13, max_micro_batch=8, eval_batch=64))
-    said = shrink.report(config, EVENTS[:2], num_workers=2)
+    said = memory_limits.report(config, EVENTS[:2], num_workers=2)
     assert said == {"asked": 7, "used": 3, "eval_asked": 64, "eval_used": 64}
     # 13 samples of two workers never make micro-batches of 8: that is nothing to report.
-    assert shrink.report(config, [], num_workers=2)["used"] == 7
+    assert memory_limits.report(config, [], num_workers=2)["used"] == 7

@@ -5,6 +5,8 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bare
 import pytest
@@ -16,6 +18,7 @@ from saves import make_manifest
 from orchestrator.config import (
     BesideConfig,
     Config,
+    ModelConfig,
     ValidateConfig,
 )
 from orchestrator.run import RESULT_FILE, read_events
@@ -105,6 +108,64 @@ def test_it_finds_what_validation_in_line_finds(tmp_path: Path) -> None:
     assert bad == []
 
 
+class Board:
+    """Stands for the handle of the board's actor."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    @property
+    def say(self) -> Any:
+        return SimpleNamespace(remote=self.said.append)
+
+
+def test_what_runs_out_of_memory_is_halved_and_remembered(tmp_path: Path) -> None:
+    asked = make_config(tmp_path, "run", "UserModule", num_classes=3)
+    hungry = ModelConfig(class_path="numeric_modules.Hungry", init_args={"most": 2, "most_eval": 2})
+    train = dataclasses.replace(asked.train, max_epochs=1, validate=ValidateConfig())
+    run = tmp_path / "run"
+    run.mkdir()
+    inline = dataclasses.replace(asked, train=train, model=hungry)
+    bare.train(1, Start(run=str(run), config=inline))
+    (manifest,) = checkpoint.list_manifests(str(run))
+    checkpoint.amend(str(run), manifest.step, metrics={})
+    eight = dataclasses.replace(inline, data=dataclasses.replace(inline.data, eval_batch=8))
+    board = Board()
+    process = ValidationProcess(str(run), eight, BesideConfig(), [], board)
+    outcome = process.validate(manifest.step)
+    assert outcome.failed == ""
+    assert outcome.metrics == pytest.approx(manifest.metrics, rel=1e-5)
+    events = [e for e in read_events(str(run)) if e["event"] == "out_of_memory"]
+    assert [(e["from"], e["to"], e["step"]) for e in events] == [
+        (8, 4, manifest.step),
+        (4, 2, manifest.step),
+    ]
+    assert "data.eval_batch goes from 8 to 4" in board.said[0]
+    # Another process, after this one was lost, begins with what fits.
+    again = ValidationProcess(str(run), eight, BesideConfig(), [], board)
+    assert again.validate(manifest.step).metrics == outcome.metrics
+    assert len(board.said) == 2
+
+
+def test_one_sample_that_does_not_fit_is_said_and_costs_training_nothing(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run", "UserModule", num_classes=3)
+    args = {"most": 2, "most_eval": 2}
+    hungry = ModelConfig(class_path="numeric_modules.Hungry", init_args=args)
+    train = dataclasses.replace(config.train, max_epochs=1, validate=ValidateConfig())
+    run = tmp_path / "run"
+    run.mkdir()
+    config = dataclasses.replace(config, train=train, model=hungry)
+    bare.train(1, Start(run=str(run), config=config))
+    (manifest,) = checkpoint.list_manifests(str(run))
+    checkpoint.amend(str(run), manifest.step, metrics={})
+    none = ModelConfig(class_path=hungry.class_path, init_args={**args, "most_eval": 0})
+    config = dataclasses.replace(config, model=none)
+    outcome = ValidationProcess(str(run), config, BesideConfig(), [], Board()).validate(
+        manifest.step
+    )
+    assert "can't allocate memory" in outcome.failed
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_validation_that_hangs_is_done_by_another_process(
@@ -129,7 +190,7 @@ def test_a_validation_that_hangs_is_done_by_another_process(
     train = dataclasses.replace(config.train, hang_timeout_s=0.1)
     config = dataclasses.replace(config, train=train)
     process = ray.remote(HangsOnce).options(num_cpus=0, max_restarts=-1, max_task_retries=2)
-    questions = Questions(process.remote(str(tmp_path), config, BesideConfig(), []))
+    questions = Questions(process.remote(str(tmp_path), config, BesideConfig(), [], None))
     assert questions.take() == []
     for step in (2, 4, 6):
         questions.ask(step)
