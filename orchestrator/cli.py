@@ -36,9 +36,12 @@ def train(argv: Sequence[str]) -> int:
 
     startup = Startup(process_began())
     startup.mark("command")
+    from orchestrator.train import ahead
+
+    ahead.prepare(config, verbose=verbose)
     with importing():
         from orchestrator.train import launch
-    startup.mark("imports")
+    startup.mark("ray and imports")
     outcome = launch.fit(config, verbose=verbose, startup=startup)
     from orchestrator.report import write_report
 

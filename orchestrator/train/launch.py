@@ -13,6 +13,9 @@ from typing import Any
 import ray
 import ray.train
 from ray import cloudpickle
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 
 from orchestrator import cluster, progress, storage
 from orchestrator.config import Config, DataConfig, UserError
@@ -24,9 +27,10 @@ from orchestrator.run import (
     open_run,
     run_uri,
 )
-from orchestrator.train import preflight, resuming
+from orchestrator.train import fields, preflight, resuming
 from orchestrator.train.entry import run_worker
 from orchestrator.train.errors import Diverged
+from orchestrator.train.finished import is_finished, is_trained
 from orchestrator.train.job import Job
 from orchestrator.train.outcome import close_diverged, close_failed, close_run, result_of
 from orchestrator.train.recovery.again import fit_again
@@ -79,7 +83,7 @@ def check(config: Config) -> Choice:
     Raises:
         UserError: one sentence with the field or URI, the rule, the value and the remedy.
     """
-    preflight.check_config(config)
+    fields.check_config(config)
     index = preflight.check_data(config)
     preflight.check_model(config, index)
     choose.check_hardware(config)
@@ -113,11 +117,11 @@ def fit(
         TrainingFailed: training ended by an error; the run can be resubmitted.
     """
     startup = startup or Startup(time.time())
-    preflight.check_config(config)
+    fields.check_config(config)
     config = dataclasses.replace(config, data=absolute(config.data))
     strategy = check(config)
     run = run_uri(config)
-    if preflight.is_finished(config, run):
+    if is_finished(config, run):
         lease.clear(run)
         return RunResult(run, result_of(run, config))
     with lease.held(run) as mine:
@@ -148,6 +152,8 @@ def _fit(
 ) -> RunResult:
     startup.mark("checks")
     cluster.connect(verbose=verbose)
+    # Ray Train's controller waits for this actor, once it has itself started: 1 s each.
+    get_or_create_autoscaling_coordinator()
     startup.mark("ray")
     resources = preflight.cluster_resources()
     preflight.check_resources(config, resources, may_grow=cluster.may_grow())
@@ -174,7 +180,7 @@ def _fit(
             validation=apart.handle if apart else None,
         )
         with _closed_where_it_diverged(run, config), _explained(config, run, mine):
-            if not preflight.is_trained(config, run):
+            if not is_trained(config, run):
                 fit_again(job, mine, lambda now: _run_trainer(now, callbacks=callbacks))
         settle(run, config, apart, board)
     return RunResult(run, close_run(run, config))
