@@ -141,7 +141,7 @@ class Bench:
         began = time.perf_counter()
         begun = self.committer.save(
             manifest(self.number),
-            capture=lambda folder: self.training.capture(),
+            capture=lambda: self.training.capture(),
             consumed=self.consumed,
         )
         pause = time.perf_counter() - began

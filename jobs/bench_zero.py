@@ -173,7 +173,8 @@ class _Watch(pl.Callback):
             self._outcome.weights = {k: v.float().numpy().copy() for k, v in weights.items()}
         if self._trial.save:
             folder = Path(self._trial.save)
-            strategy.save_shards(folder)
+            for name, content in strategy.shards().items():
+                torch.save(content, folder / name)
             if trainer.global_rank == 0:
                 torch.save(weights, folder / "weights.pt")
                 torch.save(strategy.optimizer_states(), folder / "optimizers.pt")

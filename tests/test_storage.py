@@ -1,8 +1,10 @@
+import errno
 import os
 import threading
 import time
 from pathlib import Path
 
+import botocore.exceptions
 import pytest
 from s3 import environment, free_ports
 
@@ -188,3 +190,19 @@ def test_an_endpoint_that_does_not_answer_is_named_soon(endpoint, message):
         with pytest.raises(StorageError, match=message):
             storage.write_atomic("s3://bucket/key", b"")
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EBUSY, "Please reduce your request rate."),
+        OSError(errno.EIO, "We encountered an internal error."),
+        botocore.exceptions.ClientError({"Error": {"Code": "Odd", "Message": "odd"}}, "PutObject"),
+    ],
+)
+def test_what_a_server_refuses_for_long_is_storages_error(error):
+    with (
+        pytest.raises(storage.StorageError, match=r"^cannot write s3://b/x: the server refuses \("),
+        storage.explained("s3://b/x", "write"),
+    ):
+        raise error

@@ -197,4 +197,9 @@ def _reason(error: BaseException) -> str | None:
         )
     if isinstance(error, ValueError) and "Invalid endpoint" in str(error):
         return f"AWS_ENDPOINT_URL={identity.endpoint()} is no URL; write it as http://host:port."
+    # s3fs gives answers such as 500 and 503 an errno, once its own retries are over.
+    botocores = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
+    if isinstance(error, botocores) or (isinstance(error, OSError) and error.errno is not None):
+        said = " ".join(str(error).split())
+        return f"the server refuses ({said}); try again later, or ask who runs it."
     return None

@@ -11,6 +11,7 @@ from orchestrator.data.sources import read_data
 from orchestrator.run import check_same_run, run_uri
 from orchestrator.train import fields
 from orchestrator.train.finished import is_finished
+from orchestrator.train.saving import lease
 from orchestrator.train.timing.startup import importing
 
 
@@ -28,6 +29,7 @@ def prepare(config: Config, *, verbose: bool) -> None:
     check_same_run(config)
     if is_finished(config, run_uri(config)):
         return
+    lease.refuse_while_held(run_uri(config))
     if cluster.is_remote():
         _import_libraries()
         return

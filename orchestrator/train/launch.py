@@ -251,7 +251,8 @@ def _run_trainer(job: Job, *, callbacks: Sequence[ray.train.UserCallback]) -> No
     try:
         trainer.fit()
     finally:
-        storage.delete_folder(storage.join(job.run, "ray"))
+        with contextlib.suppress(storage.StorageError):  # it must not hide how training ended
+            storage.delete_folder(storage.join(job.run, "ray"))
 
 
 @contextlib.contextmanager

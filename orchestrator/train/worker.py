@@ -22,7 +22,7 @@ from orchestrator.run import CONFIG_FILE, append_event, read_events
 from orchestrator.train import feeding, memory_limits
 from orchestrator.train.job import Job
 from orchestrator.train.recovery import elastic, failures
-from orchestrator.train.saving import checkpoint, groups
+from orchestrator.train.saving import checkpoint, groups, lease
 from orchestrator.train.saving.rewinding import rewind
 from orchestrator.train.saving.staging import Staging
 from orchestrator.train.timing.startup import Startup, importing
@@ -101,12 +101,14 @@ def _find_checkpoint(job: Job, folder: Path, rank: int) -> checkpoint.Manifest |
 
 
 def _take_newest(job: Job, folder: Path) -> checkpoint.Manifest | None:
+    lease.check(job.run, job.lease)
     there = checkpoint.survey(job.run)
     problems, found = list(there.problems), None
     if there.manifests:
         found, damaged = checkpoint.fetch_newest(job.run, there.manifests, folder)
         problems += damaged
     step = found.step if found else 0
+    lease.check(job.run, job.lease)  # fetching took a while: nothing of a later start's may go
     rewind(job.run, step)
     for problem in problems:
         append_event(job.run, "checkpoint_refused", problem=problem)

@@ -89,7 +89,6 @@ class Worker:
             say=self.lines.append,
             keep=self.keep,
             watch=("val_loss", "min"),
-            check_lease=self.check_lease,
         )
         self.committer = Committer(
             self.run,
@@ -98,6 +97,7 @@ class Worker:
             settings=CheckpointConfig(keep=self.keep, max_age_s=self.max_age_s),
             books=books if self.rank == 0 else None,
             totals={},
+            check_lease=self.check_lease,
         )
 
     def consume(self, step: int, *, bad: list[dict[str, Any]] | None = None) -> None:
@@ -124,7 +124,7 @@ class Worker:
         }
         return self.committer.save(
             make_manifest(step, **{**usual, **changes}),
-            capture=lambda folder: state_at(step, size=size) if self.rank == 0 else {},
+            capture=lambda: state_at(step, size=size) if self.rank == 0 else {},
             consumed=self.consumed,
             must=must,
             last=last,

@@ -12,7 +12,7 @@ from saves import make_manifest
 from orchestrator.run import read_events
 from orchestrator.storage import StorageError
 from orchestrator.train import worker
-from orchestrator.train.saving import checkpoint
+from orchestrator.train.saving import checkpoint, lease
 
 
 class Said(list[str]):
@@ -23,8 +23,18 @@ class Said(list[str]):
         return types.SimpleNamespace(remote=self.append)
 
 
-def find(run: Path, folder: Path, *, rank: int, told: Any = None) -> tuple[Any, Said, list[Any]]:
-    """Let a worker find its checkpoint; `told` is what worker 0 tells the others."""
+def find(
+    run: Path, folder: Path, *, rank: int, told: Any = None, later: bool = False
+) -> tuple[Any, Said, list[Any]]:
+    """Let a worker find its checkpoint.
+
+    Args:
+        run: the run's folder.
+        folder: where its files go.
+        rank: the worker.
+        told: what worker 0 tells the others.
+        later: whether a later start has the run meanwhile.
+    """
     said, sent = Said(), []
 
     def broadcast(value: Any) -> Any:
@@ -34,8 +44,12 @@ def find(run: Path, folder: Path, *, rank: int, told: Any = None) -> tuple[Any, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "broadcast_from_rank_zero", broadcast)
         patch.setattr(worker, "_PAUSES_S", (0.1, 0.2, 0.4))
-        job = types.SimpleNamespace(run=str(run), board=said)
-        return worker._find_checkpoint(job, folder, rank), said, sent  # type: ignore[arg-type]
+        with lease.held(str(run)) as mine:
+            token = mine.renew()
+            if later:
+                mine.renew()
+            job: Any = types.SimpleNamespace(run=str(run), board=said, lease=token)
+            return worker._find_checkpoint(job, folder, rank), said, sent
 
 
 def save(run: Path, scratch: Path, step: int) -> Path:
@@ -77,6 +91,19 @@ def test_a_worker_that_never_sees_it_is_a_failure_of_storage(tmp_path: Path) -> 
         StorageError, match=r"worker 1 cannot .* step 8 that worker 0 reads \(.*; c"
     ):
         find(tmp_path / "run", tmp_path / "1", rank=1, told=8)
+
+
+def test_where_a_later_start_has_the_run_nothing_of_its_is_deleted(tmp_path: Path) -> None:
+    kept = save(tmp_path / "run", tmp_path / "scratch", 4)
+    under_way = tmp_path / "run" / "checkpoints" / "step-00000008" / "weights.pt"
+    under_way.parent.mkdir()
+    under_way.touch()
+    with pytest.raises(lease.LeaseLostError, match="later workers of the same driver"):
+        find(tmp_path / "run", tmp_path / "0", rank=0, later=True)
+    assert kept.exists()
+    assert under_way.exists()
+    find(tmp_path / "run", tmp_path / "0", rank=0)
+    assert not under_way.exists()
 
 
 def test_a_run_without_a_checkpoint_starts_at_its_first_step(tmp_path: Path) -> None:

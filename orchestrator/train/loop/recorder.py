@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from orchestrator.train.loop.guard import Guard
 from orchestrator.train.loop.posting import Poster
 from orchestrator.train.place import Place
 from orchestrator.train.recovery import failures
-from orchestrator.train.saving import checkpoint, state
+from orchestrator.train.saving import checkpoint, lease, state
 from orchestrator.train.saving.commit import Committer
 from orchestrator.train.saving.journal import Consumed, Metrics, RunFacts
 from orchestrator.train.saving.saver import open_books
@@ -58,9 +59,7 @@ class Recorder(pl.callbacks.Checkpoint):
     ) -> None:
         self.facts = facts
         self._config = facts.config
-        self._loader = loader
-        self._validation = validation
-        self._resumed = resumed
+        self._loader, self._validation, self._resumed = loader, validation, resumed
         manifest = resumed[0] if resumed else None
         self.step = manifest.step if manifest else 0
         self.is_saving = False
@@ -100,6 +99,7 @@ class Recorder(pl.callbacks.Checkpoint):
             settings=self._config.train.checkpoint,
             books=open_books(self.facts, trainer, self.metrics, folder) if rank == 0 else None,
             totals=manifest.stats if manifest else {},
+            check_lease=partial(lease.check, self.facts.run, self.facts.lease),
         )
         self.clocks.tell = self.committer.tell
         if folder is not None:
@@ -241,7 +241,7 @@ class Recorder(pl.callbacks.Checkpoint):
         self.metrics.add(metrics, **at)
         self.committer.save(
             self._point(trainer, metrics, done),
-            capture=lambda folder: state.capture_state(trainer, folder),
+            capture=lambda: state.capture_state(trainer),
             consumed=self._consumed,
             must=must,
             last=bool(done),

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,7 +19,9 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.context import get_train_context
 
 from orchestrator import storage
+from orchestrator.data.loader import Loader
 from orchestrator.storage import StorageError
+from orchestrator.train.loop.recorder import Recorder
 from orchestrator.train.recovery.failures import StandstillError, mark_step
 
 # A step may take this many times as long as the longest before it, and the first one, which may
@@ -39,13 +40,18 @@ class Standstill(pl.Callback):
         run: URI of the run's folder.
         board: handle of the progress board actor.
         limit_s: how long a step may take where the longest one took less than a tenth of that.
-        step: returns the optimizer steps done so far.
+        recorder: counts the steps, and knows whether it saves.
+        loader: this worker's training batches: some are awaited at a step's end, see ceiling.py.
     """
 
-    def __init__(self, run: str, board: Any, limit_s: float, step: Callable[[], int]) -> None:
+    def __init__(
+        self, run: str, board: Any, limit_s: float, recorder: Recorder, loader: Loader
+    ) -> None:
         self._folder = storage.join(run, "stacks")
-        self._board, self._limit_s, self._step = board, limit_s, step
+        self._board, self._limit_s = board, limit_s
+        self._recorder, self._loader = recorder, loader
         self._since: float | None = None
+        self._waited_s = 0.0
         self._longest_s = limit_s
         self._num_ended = 0
         self._over = threading.Event()
@@ -60,12 +66,13 @@ class Standstill(pl.Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Note that a micro-batch is under way."""
+        self._waited_s = self._waited()
         self._since = time.monotonic()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Note that it has ended."""
         assert self._since is not None
-        took_s = time.monotonic() - self._since
+        took_s = time.monotonic() - self._since - (self._waited() - self._waited_s)
         self._longest_s = max(took_s, self._longest_s if self._num_ended else 0.0)
         self._num_ended += 1
         self._since = None
@@ -78,11 +85,18 @@ class Standstill(pl.Callback):
         """Stop looking."""
         self._over.set()
 
+    def _waited(self) -> float:
+        """Return the seconds that this start has waited for data and for saves."""
+        return self._loader.waited_s + self._recorder.committer.totals["save_pause_s"]
+
     def _watch(self) -> None:
+        waited_until = 0.0
         while not self._over.wait(self._limit_s / _LOOKS):
             since = self._since
+            if self._loader.waiting_since is not None or self._recorder.is_saving:
+                waited_until = time.monotonic()
             limit_s = max(self._limit_s, _PATIENCE * self._longest_s)
-            stuck_s = 0.0 if since is None else time.monotonic() - since
+            stuck_s = 0.0 if since is None else time.monotonic() - max(since, waited_until)
             if stuck_s > limit_s:
                 # First, since the one that finds all stuck ends the others.
                 stack = self._stack()
@@ -107,7 +121,7 @@ class Standstill(pl.Callback):
             _log.warning("cannot write %s: %s", place, error)
 
     def _raise(self, stuck_s: float, stack: str) -> None:
-        step = self._step()
+        step = self._recorder.step
         error = StandstillError(
             f"all workers have been inside step {step + 1} for {stuck_s:.0f} s (their stacks: "
             f"{self._folder})"

@@ -91,7 +91,7 @@ def build_trainer(
     tensorboard, *extra = _loggers(job, recorder, scratch)
     callbacks.append(Reporter(recorder, loader, extra))
     limit_s = config.train.hang_timeout_s
-    callbacks.append(Standstill(job.run, job.board, limit_s, lambda: recorder.step))
+    callbacks.append(Standstill(job.run, job.board, limit_s, recorder, loader))
     callbacks.append(Starvation(recorder, loader, limit_s=limit_s))
     # After the recorder, which counts the step that it commits.
     callbacks.append(

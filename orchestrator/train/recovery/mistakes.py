@@ -227,6 +227,8 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Count workers that end while they start: Ray Train would try for ever."""
+        if current_state is previous_state:
+            return  # it waits for nodes, and says so again and again
         error = getattr(current_state, "training_failed_error", None)
         failed = getattr(error, "controller_failure", None)
         if not isinstance(current_state, ReschedulingState) or not isinstance(failed, StartFailed):

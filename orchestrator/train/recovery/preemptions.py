@@ -36,6 +36,8 @@ class NotePreemptions(ControllerCallback, WorkerGroupCallback):  # type: ignore[
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Look at why workers are about to start again."""
+        if current_state is previous_state:
+            return  # it waits for nodes, and says so again and again
         error = getattr(current_state, "training_failed_error", None)
         failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
         failed = getattr(error, "controller_failure", None)

@@ -8,11 +8,10 @@ next save; only `train.checkpoint.max_age_s` of it ends the run.
 """
 
 import dataclasses
-import shutil
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from orchestrator.config import CheckpointConfig
@@ -22,16 +21,16 @@ from orchestrator.train.saving.journal import Consumed
 from orchestrator.train.saving.lease import LeaseLostError
 from orchestrator.train.saving.saver import Attempt, Books, Saver
 from orchestrator.train.saving.snapshot import Snapshots
-from orchestrator.train.saving.staging import Staging
 
 # A state so small is written in some 20 ms: waiting for it costs less than redoing steps would.
 _SMALL_BYTES = 4 * 2**20
 _SMALL_WAIT_S = 5.0
+_ROUND_S = 30.0
 # Between the tries of the last save, which nothing comes after.
 _LAST_PAUSES_S = (1.0, 5.0)
 _TOTALS = ("saves_skipped", "saves_failed", "save_pause_s", "save_s")
 
-Capture = Callable[[Path], state.State]
+Capture = Callable[[], state.State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Committer:
         settings: how long to go on without a checkpoint.
         books: what worker 0 puts into a checkpoint; None elsewhere.
         totals: counts that the checkpoint resumed from brought along.
+        check_lease: raises a LeaseLostError where another start has the run now.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Committer:
         settings: CheckpointConfig,
         books: Books | None,
         totals: Mapping[str, float],
+        check_lease: Callable[[], None] = lambda: None,
     ) -> None:
         starts: list[str] = gather(uuid.uuid4().hex[:8])
         self._run = run
@@ -86,8 +87,9 @@ class Committer:
         self._skipped = 0
         self._pause_s = 0.0
         self._snapshots = Snapshots()
-        self._staging = Staging()
-        self._saver = Saver(run, rank=rank, world_size=len(starts), books=books)
+        self._saver = Saver(
+            run, rank=rank, world_size=len(starts), books=books, check_lease=check_lease
+        )
         self._attempt: Attempt | None = None
         self._trying_since: float | None = None
 
@@ -104,7 +106,7 @@ class Committer:
 
         Args:
             point: the manifest but for its files.
-            capture: returns this worker's state; it may write files below the folder it is given.
+            capture: returns this worker's state, by reference.
             consumed: what this worker consumed since the last commit.
             must: wait for the save before where that is under way, rather than skip this one.
             last: wait until it is committed, too.
@@ -169,10 +171,7 @@ class Committer:
 
     def close(self, timeout_s: float) -> bool:
         """Finish what is under way; return whether that was done in time."""
-        closed = self._saver.close(timeout_s)
-        if closed:
-            self._staging.close()
-        return closed
+        return self._saver.close(timeout_s)
 
     def _is_free(self, consumed: Consumed, *, must: bool) -> bool:
         heard = self._hear()
@@ -225,12 +224,14 @@ class Committer:
         """Wait until the save under way is over on all workers."""
         attempt = self._attempt
         assert attempt is not None
-        attempt.stored.wait(self._settings.max_age_s)
-        self._hear()  # so that worker 0 does not wait for a share that failed
-        attempt.over.wait(self._settings.max_age_s)
-        heard = self._hear()
-        if any(word.busy for word in heard):
-            raise self._too_old(heard[0], [])
+        # In rounds, which end by max_age_s: a worker that has stored its share must not wait in a
+        # collective for one whose upload takes longer than collectives may.
+        round_s = min(_ROUND_S, self._settings.max_age_s)
+        for event in itertools.cycle((attempt.stored, attempt.over)):
+            event.wait(round_s)
+            heard = self._hear()  # so that worker 0 does not wait for a share that failed
+            if not any(word.busy for word in heard):
+                break
         return heard
 
     def _forget(self, heard: list[_Word], consumed: Consumed) -> None:
@@ -260,17 +261,12 @@ class Committer:
         )
 
     def _begin(self, point: Manifest, capture: Capture, consumed: Consumed) -> None:
-        folder = self._staging.folder()
-        try:
-            captured = capture(folder)
-            kinds = state.kinds_in(captured)
-            if not kinds <= self._readable:
-                state.check_readable(captured)
-                self._readable |= kinds
-            copied = self._snapshots.take(captured)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        captured = capture()
+        kinds = state.kinds_in(captured)
+        if not kinds <= self._readable:
+            state.check_readable(captured)
+            self._readable |= kinds
+        copied = self._snapshots.take(captured)
         self._number += 1
         self._trying_since = self._trying_since or time.monotonic()
         self._attempt = attempt = Attempt(
@@ -278,19 +274,13 @@ class Committer:
             point=dataclasses.replace(point, stats={**point.stats, **self.totals}),
             captured=copied,
             wait_for_copies=self._snapshots.wait,
-            folder=folder,
             parts=consumed.cut(point.step),
             bad=tuple(consumed.bad),
             metrics=self._books.metrics.frozen() if self._books else None,
         )
-        num_bytes = self._snapshots.num_bytes + _size(folder)  # before the folder goes
         self._saver.submit(attempt)
-        if self._rank == 0 and num_bytes <= _SMALL_BYTES:
+        if self._rank == 0 and self._snapshots.num_bytes <= _SMALL_BYTES:
             attempt.over.wait(_SMALL_WAIT_S)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _from(word: _Word) -> str:

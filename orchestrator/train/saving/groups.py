@@ -10,7 +10,7 @@ import re
 from orchestrator import storage
 from orchestrator.storage import MissingError
 
-_NAME = re.compile(r"workers-[0-9a-f]+-\d+\.txt")
+_NAME = re.compile(r"workers-([0-9a-f]+)-\d+\.txt")
 
 
 def announce(run: str, token: str, group: str) -> None:
@@ -25,10 +25,11 @@ def token_of(run: str, token: str) -> str:
     return token
 
 
-def clear(run: str) -> None:
-    """Forget all groups, once no workers of their drivers may commit."""
+def clear(run: str, *, driver: str) -> None:
+    """Forget all groups but those of the driver that has the run: the others' may not commit."""
     for entry in list(storage.list_folder(run)):
-        if _NAME.fullmatch(entry.name):
+        found = _NAME.fullmatch(entry.name)
+        if found and found[1] != driver:
             storage.delete_file(storage.join(run, entry.name))
 
 

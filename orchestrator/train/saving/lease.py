@@ -8,7 +8,6 @@ over from, find another token there and no longer commit.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import socket
@@ -19,66 +18,28 @@ from collections.abc import Iterator
 
 from orchestrator import storage
 from orchestrator.config import UserError
-from orchestrator.storage import MissingError, StorageError
-from orchestrator.train.saving import groups
+from orchestrator.storage import StorageError
+from orchestrator.train.saving import groups, holders
+from orchestrator.train.saving.holders import UNKNOWN, Entry, Holder
 from orchestrator.train.saving.processes import born, machine
 
 BEAT_S = 10.0
 EXPIRES_S = 60.0
 """Without a heartbeat for so long, a driver on another machine counts as dead."""
 _LOOK_S = 1.0
-_PREFIX, _SUFFIX = "lease-", ".json"
 
 _log = logging.getLogger(__name__)
-_held: set[str] = set()  # drivers of this very process
 
 
 class LeaseLostError(UserError):
     """Another driver, or a later start, has the run now."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Holder:
-    """Who drives a run."""
-
-    driver: str
-    """Unlike any other driver's."""
-    start: int
-    """How often it has started workers."""
-    host: str
-    machine: str
-    """Names the process ids that `pid` is one of; empty where that cannot be known."""
-    pid: int
-    born: str
-    """When the process began: process ids come back."""
-    since: float
-    """Seconds since 1970."""
-    beat: float
-    """The last heartbeat, in seconds since 1970."""
-
-    @property
-    def token(self) -> str:
-        """What workers must find to commit."""
-        return f"{self.driver}-{self.start}"
-
-
-_UNKNOWN = Holder(
-    driver="", start=0, host="an unknown machine (its lease is damaged)", machine="", pid=0,
-    born="", since=0.0, beat=0.0,
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    number: int
-    holder: Holder
-
-
 class Lease:
     """A lease that is held; its heart beats in a thread of its own."""
 
-    def __init__(self, run: str, entry: _Entry) -> None:
-        self._uri = _uri(run, entry.number)
+    def __init__(self, run: str, entry: Entry) -> None:
+        self._uri = holders.uri(run, entry.number)
         self._run = run
         self._number = entry.number
         self._holder = entry.holder
@@ -102,7 +63,7 @@ class Lease:
         """Give the run up: the next driver finds it free."""
         self._over.set()
         self._thread.join(timeout=EXPIRES_S)
-        _held.discard(self._holder.driver)
+        holders.held_here.discard(self._holder.driver)
         with contextlib.suppress(StorageError):  # it expires by itself
             _delete_up_to(self._run, self._number)
         if not storage.is_remote(self._run):
@@ -117,17 +78,17 @@ class Lease:
                     self._write(dataclasses.replace(self._holder, beat=time.time()))
             except LeaseLostError:
                 return  # what is left of this run's workers finds out when it commits
-            except StorageError as error:
+            except Exception as error:  # a heart that stops gives a healthy run away
                 _log.debug("no heartbeat: %s", error)
 
     def _check_mine(self) -> None:
-        newest = _newest(self._run)
-        damaged = _Entry(self._number, _UNKNOWN)  # writing it anew mends it
+        newest = holders.newest(self._run)
+        damaged = Entry(self._number, UNKNOWN)  # writing it anew mends it
         if newest != damaged and (newest is None or newest.holder.driver != self._holder.driver):
             raise _lost(self._run, newest, driver=self._holder.driver)
 
     def _write(self, holder: Holder) -> None:
-        storage.write_atomic(self._uri, _encode(holder))
+        storage.write_atomic(self._uri, holders.encode(holder))
         self._holder = holder
 
 
@@ -145,10 +106,21 @@ def held(run: str) -> Iterator[Lease]:
         lease.release()
 
 
+def refuse_while_held(run: str) -> None:
+    """Say at once that a run is being trained, where that can be known at once; take nothing.
+
+    Raises:
+        UserError: another driver on this machine trains this run.
+    """
+    newest = holders.newest(run)
+    if newest is not None and holders.is_here(newest.holder) and not holders.is_dead(newest.holder):
+        raise _busy(run, newest.holder, time.time() - newest.holder.beat)
+
+
 def clear(run: str) -> None:
     """Delete the lease of a driver that was killed when its run had ended."""
-    newest = _newest(run)
-    if newest is not None and _is_dead(newest.holder):
+    newest = holders.newest(run)
+    if newest is not None and holders.is_dead(newest.holder):
         _delete_up_to(run, newest.number)
 
 
@@ -160,16 +132,18 @@ def check(run: str, token: str) -> None:
         StorageError: storage does not tell.
     """
     start, _, group = token.partition("/")
-    newest = _newest(run)
-    if newest is not None and newest.holder == _UNKNOWN:
-        raise StorageError(f"{_uri(run, newest.number)} is damaged; its driver will mend it.")
+    newest = holders.newest(run)
+    if newest is not None and newest.holder == UNKNOWN:
+        raise StorageError(
+            f"{holders.uri(run, newest.number)} is damaged; its driver will mend it."
+        )
     if newest is None or newest.holder.token != start:
         raise _lost(run, newest, driver=start.rpartition("-")[0])
     if group and groups.token_of(run, start) != token:
         raise _lost(run, newest, driver=newest.holder.driver)
 
 
-def _lost(run: str, newest: "_Entry | None", *, driver: str) -> LeaseLostError:
+def _lost(run: str, newest: "Entry | None", *, driver: str) -> LeaseLostError:
     if newest is None:
         return LeaseLostError(f"{run} was ended by its driver while these workers still ran.")
     holder = newest.holder
@@ -180,10 +154,10 @@ def _lost(run: str, newest: "_Entry | None", *, driver: str) -> LeaseLostError:
     )
 
 
-def _acquire(run: str) -> _Entry:
+def _acquire(run: str) -> Entry:
     while True:
-        newest = _newest(run)
-        if newest is not None and not _is_dead(newest.holder):
+        newest = holders.newest(run)
+        if newest is not None and not holders.is_dead(newest.holder):
             _await_death(run, newest)
         now = time.time()
         mine = Holder(
@@ -197,14 +171,14 @@ def _acquire(run: str) -> _Entry:
             beat=now,
         )
         number = newest.number + 1 if newest else 1
-        _held.add(mine.driver)  # before anyone can read it
-        if storage.create(_uri(run, number), _encode(mine)):
+        holders.held_here.add(mine.driver)  # before anyone can read it
+        if storage.create(holders.uri(run, number), holders.encode(mine)):
             _delete_up_to(run, number - 1)
-            return _Entry(number, mine)
-        _held.discard(mine.driver)
+            return Entry(number, mine)
+        holders.held_here.discard(mine.driver)
 
 
-def _await_death(run: str, newest: _Entry) -> None:
+def _await_death(run: str, newest: Entry) -> None:
     """Return once the holder has shown no sign of life for as long as a lease lasts.
 
     Raises:
@@ -212,7 +186,7 @@ def _await_death(run: str, newest: _Entry) -> None:
     """
     holder = newest.holder
     age_s = time.time() - holder.beat
-    if _is_here(holder):
+    if holders.is_here(holder):
         raise _busy(run, holder, age_s)
     _log.warning(
         "%s was trained by process %d on %s; waiting up to %.0f s to see whether it still lives",
@@ -222,7 +196,7 @@ def _await_death(run: str, newest: _Entry) -> None:
     deadline = time.monotonic() + EXPIRES_S
     while time.monotonic() < deadline:
         time.sleep(_LOOK_S)
-        now = _newest(run)
+        now = holders.newest(run)
         if now is None:
             return
         if now != newest:
@@ -236,60 +210,9 @@ def _busy(run: str, holder: Holder, age_s: float) -> UserError:
     )
 
 
-def _is_here(holder: Holder) -> bool:
-    """Return whether the holder's process ids are this machine's."""
-    return holder.machine != "" and holder.machine == machine()
-
-
-def _is_dead(holder: Holder) -> bool:
-    """Return whether the holder is known to have ended."""
-    if not _is_here(holder):
-        return False
-    if holder.pid == os.getpid():
-        return holder.driver not in _held
-    return born(holder.pid) != holder.born
-
-
-def _newest(run: str) -> _Entry | None:
-    numbers = _numbers(run)
-    if not numbers:
-        return None
-    number = max(numbers)
-    try:
-        return _Entry(number, _decode(storage.read_bytes(_uri(run, number))))
-    except MissingError:
-        return _newest(run)  # released this moment
-
-
-def _numbers(run: str) -> list[int]:
-    names = [e.name for e in storage.list_folder(run) if not e.is_folder]
-    inner = [(name, name.removeprefix(_PREFIX).removesuffix(_SUFFIX)) for name in names]
-    numbers = [(name, int(number)) for name, number in inner if number.isdecimal()]
-    return [number for name, number in numbers if name == _name(number)]
-
-
 def _delete_up_to(run: str, number: int) -> None:
-    for found in _numbers(run):
+    for found in holders.numbers(run):
         if found <= number:
-            storage.delete_file(_uri(run, found))
-    groups.clear(run)
-
-
-def _uri(run: str, number: int) -> str:
-    return storage.join(run, _name(number))
-
-
-def _name(number: int) -> str:
-    return f"{_PREFIX}{number:06d}{_SUFFIX}"
-
-
-def _decode(content: bytes) -> Holder:
-    """Return who has the run; a damaged lease is its driver's until that shows no sign of life."""
-    try:
-        return Holder(**json.loads(content))
-    except (ValueError, TypeError):
-        return _UNKNOWN
-
-
-def _encode(holder: Holder) -> bytes:
-    return json.dumps(dataclasses.asdict(holder), indent=1).encode()
+            storage.delete_file(holders.uri(run, found))
+    newest = holders.newest(run)  # another driver's, where this one lost the run
+    groups.clear(run, driver=newest.holder.driver if newest else "")

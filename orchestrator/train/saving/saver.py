@@ -25,6 +25,7 @@ from orchestrator.train.saving.background import Background
 from orchestrator.train.saving.checkpoint import FileRecord, Manifest
 from orchestrator.train.saving.journal import Metrics, Part, Quarantine, RunFacts, upload_logs
 from orchestrator.train.saving.shares import Share, await_shares, write_share
+from orchestrator.train.saving.staging import Staging
 
 _log = logging.getLogger(__name__)
 # Events that storage would not take are kept for the next try, up to this many.
@@ -44,8 +45,6 @@ class Books:
     """Most recent checkpoints kept, besides the best one."""
     watch: tuple[str, str]
     """Metric and mode that say which checkpoint is the best."""
-    check_lease: Callable[[], None] = lambda: None
-    """Raises a LeaseLostError where another start has the run now."""
 
 
 def open_books(
@@ -60,7 +59,6 @@ def open_books(
         say=facts.board.say.remote,
         keep=settings.checkpoint.keep,
         watch=checkpoint.monitored(settings.early_stopping),
-        check_lease=partial(lease.check, facts.run, facts.lease),
     )
 
 
@@ -75,8 +73,6 @@ class Attempt:
     captured: state.State
     """In host memory."""
     wait_for_copies: Callable[[], None]
-    folder: Path
-    """What the strategy wrote by itself; deleted in the end."""
     parts: list[Part]
     bad: tuple[dict[str, Any], ...]
     metrics: Metrics | None
@@ -103,10 +99,21 @@ class Saver:
         rank: this worker.
         world_size: how many there are.
         books: what worker 0 puts into a checkpoint; None elsewhere.
+        check_lease: raises a LeaseLostError where another start has the run now.
     """
 
-    def __init__(self, run: str, *, rank: int, world_size: int, books: Books | None) -> None:
+    def __init__(
+        self,
+        run: str,
+        *,
+        rank: int,
+        world_size: int,
+        books: Books | None,
+        check_lease: Callable[[], None],
+    ) -> None:
         self._run = run
+        self._check_lease = check_lease
+        self._staging = Staging()
         self._rank = rank
         self._world_size = world_size
         self._books = books
@@ -131,11 +138,11 @@ class Saver:
     def amend(self, step: int, changes: dict[str, Any]) -> None:
         """Complete a committed checkpoint's manifest; called by worker 0's training thread."""
         assert self._books is not None
-        check, metrics = self._books.check_lease, self._books.metrics.frozen()
+        metrics = self._books.metrics.frozen()
 
         def write() -> None:
             self._amendments.add(step, changes)
-            self._amendments.write(check)
+            self._amendments.write(self._check_lease)
             with contextlib.suppress(Exception):  # the next checkpoint brings the table
                 storage.write_atomic(storage.join(self._run, METRICS_FILE), metrics.encode())
 
@@ -164,7 +171,10 @@ class Saver:
 
     def close(self, timeout_s: float) -> bool:
         """Finish what is queued; return whether that was done in time."""
-        return self._background.close(timeout_s)
+        closed = self._background.close(timeout_s)
+        if closed:
+            self._staging.close()
+        return closed
 
     def _try(self, attempt: Attempt) -> None:
         began = time.perf_counter()
@@ -181,24 +191,24 @@ class Saver:
         except Exception as error:  # whatever a storage client raises: the run goes on and says so
             self._give_up(attempt, " ".join(f"{type(error).__name__}: {error}".split()))
         finally:
-            shutil.rmtree(attempt.folder, ignore_errors=True)
             self.seconds += time.perf_counter() - began
             attempt.stored.set()
             attempt.over.set()
         if self._books is not None and not attempt.failed:
             self._say()
-            self._amendments.write(self._books.check_lease)
+            self._amendments.write(self._check_lease)
             self._tidy(self._books)
-
-    def _check_lease(self) -> None:
-        if self._books is not None:
-            self._books.check_lease()
 
     def _store(self, attempt: Attempt) -> Share:
         attempt.wait_for_copies()
-        state.write_state(attempt.captured, attempt.folder)
         uri = checkpoint.checkpoint_uri(self._run, attempt.step)
-        share = Share(tuple(checkpoint.store_files(attempt.folder, uri)), attempt.bad)
+        folder = self._staging.folder()
+        try:
+            state.write_state(attempt.captured, folder)
+            share = Share(tuple(checkpoint.store_files(folder, uri)), attempt.bad)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._check_lease()  # the upload took a while
         for part in attempt.parts:
             part.write(self._run)
         if self._rank != 0:

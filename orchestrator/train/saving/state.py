@@ -34,20 +34,17 @@ State = dict[str, Any]
 """File name -> what it holds: tensors and primitives in nested dicts, lists and tuples."""
 
 
-def capture_state(trainer: pl.Trainer, folder: Path) -> State:
-    """Return this worker's share of the training state, by reference; all workers call it.
-
-    What the strategy can only write by itself (DeepSpeed's engine) it writes below `folder`.
-    """
+def capture_state(trainer: pl.Trainer) -> State:
+    """Return this worker's share of the training state, by reference; all workers call it."""
     strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]
-    strategy.save_shards(folder)
+    shards = strategy.shards()
     # As Lightning's hooks expect it: they may put more in, or averaged weights (EMA) in its place.
     hooked: dict[str, Any] = {"state_dict": strategy.weights()}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         callback.on_save_checkpoint(trainer, trainer.lightning_module, hooked)
     trainer.lightning_module.on_save_checkpoint(hooked)
     if trainer.global_rank != 0:
-        return {}
+        return shards
     weights, extra = split_weights(hooked.pop("state_dict"))
     callbacks = {c.state_key: c.state_dict() for c in trainer.callbacks}  # type: ignore[attr-defined]
     rest = {
@@ -58,7 +55,7 @@ def capture_state(trainer: pl.Trainer, folder: Path) -> State:
         "module": hooked,
         EXTRA_WEIGHTS: extra,
     }
-    state: State = {WEIGHTS_FILE: weights, TRAINER_FILE: rest}
+    state: State = {WEIGHTS_FILE: weights, TRAINER_FILE: rest, **shards}
     optimizers = strategy.optimizer_states()
     return state if optimizers is None else {**state, OPTIMIZERS_FILE: optimizers}
 

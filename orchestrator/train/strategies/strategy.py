@@ -36,10 +36,10 @@ class ModelStrategy(Protocol):
         """Return the whole model's weights; all workers call it, rank 0 gets them."""
 
     def optimizer_states(self) -> list[Any] | None:
-        """Return the optimizers' states by reference; None: `save_shards` writes them."""
+        """Return the optimizers' states by reference; None: they are among the shards."""
 
-    def save_shards(self, folder: Path) -> None:
-        """Write below `folder` what differs from worker to worker: all workers call it."""
+    def shards(self) -> dict[str, Any]:
+        """Return by reference what differs from worker to worker: file name -> content."""
 
     def load_shards(self, folder: Path, weights: dict[str, Any]) -> None:
         """Load weights and optimizer states that any number of workers saved."""
@@ -115,8 +115,9 @@ class DDPStrategy(_Weighted, RayDDPStrategy):  # type: ignore[misc]
         """Return the optimizers' states: every worker's are equal."""
         return [self.optimizer_state(optimizer) for optimizer in self.optimizers]
 
-    def save_shards(self, folder: Path) -> None:
-        """Write nothing: weights and optimizer states are copied and written off the thread."""
+    def shards(self) -> dict[str, Any]:
+        """Return nothing: every worker holds all."""
+        return {}
 
     def load_shards(self, folder: Path, weights: dict[str, Any]) -> None:
         """Load weights and optimizer states on every worker."""
@@ -206,17 +207,17 @@ class ZeroStrategy(_Weighted, RayDeepSpeedStrategy):  # type: ignore[misc]
         return state
 
     def optimizer_states(self) -> list[Any] | None:
-        """Return None: every worker writes its own."""
+        """Return None: every worker has its own."""
         return None
 
-    def save_shards(self, folder: Path) -> None:
-        """Write this worker's master weights and optimizer states."""
+    def shards(self) -> dict[str, Any]:
+        """Return this worker's master weights and optimizer states."""
         groups, rank = shards.groups_of(self._zero), self.global_rank
         shard = shards.pack_shard(groups, rank=rank, world_size=self.world_size)
         scaler = {
             k: v for k, v in vars(self._zero.loss_scaler).items() if isinstance(v, float | int)
         }
-        torch.save({**shard, "scaler": scaler}, folder / shards.shard_name(rank))
+        return {shards.shard_name(rank): {**shard, "scaler": scaler}}
 
     def load_shards(self, folder: Path, weights: dict[str, Any]) -> None:
         """Load what any number of workers saved.

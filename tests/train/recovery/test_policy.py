@@ -111,6 +111,21 @@ def test_workers_that_end_while_they_start_are_charged_by_their_nodes(
         start_fails(callbacks, failed)
 
 
+def test_a_failure_that_waits_for_nodes_is_one_failure(
+    tmp_path: Path, callbacks: Any, draining: dict[str, int]
+) -> None:
+    for number, nodes in enumerate((frozenset("a"), frozenset("b")), 1):
+        draining["b"] = 0
+        state = ReschedulingState(ControllerError(StartFailed({0: DEAD}, nodes=nodes)))
+        previous: Any = SchedulingState(None)
+        for _ in range(9):  # Ray Train's loop, while the policy finds no room
+            for callback in callbacks:
+                callback.after_controller_state_update(previous, state)
+            previous = state
+        assert len(events(tmp_path)) == number
+    assert events(tmp_path) == [("failure", "process"), ("preempted", None)]
+
+
 def test_running_workers_are_nobodys_start(tmp_path: Path, callbacks: Any) -> None:
     error = WorkerGroupError("failed", {0: DEAD})
     for callback in callbacks:

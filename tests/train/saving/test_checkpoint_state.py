@@ -27,7 +27,7 @@ class Alone(SingleDeviceStrategy):
 
     weights = DDPStrategy.weights
     optimizer_states = DDPStrategy.optimizer_states
-    save_shards = DDPStrategy.save_shards
+    shards = DDPStrategy.shards
     load_shards = DDPStrategy.load_shards
 
 
@@ -96,7 +96,7 @@ class Saves(pl.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == SAVED and not self.resumed:
             self.folder.mkdir()
-            captured = state.capture_state(trainer, self.folder)
+            captured = state.capture_state(trainer)
             state.check_readable(captured)
             state.write_state(Snapshots().take(captured), self.folder)
 

@@ -49,7 +49,7 @@ def on_another_machine(run: str, **changes: object) -> None:
     """Write a lease as a driver on another machine would."""
     now = time.time()
     holder = lease.Holder(
-        driver="other", start=1, host="far", machine="boot pid:[1]", pid=7, born="1",
+        driver="07e5", start=1, host="far", machine="boot pid:[1]", pid=7, born="1",
         since=now, beat=now,
     )  # fmt: skip
     content = json.dumps(dataclasses.asdict(holder) | changes)
@@ -141,6 +141,20 @@ def test_workers_of_an_earlier_group_no_longer_commit(run: str) -> None:
         with pytest.raises(lease.LeaseLostError, match="later workers of the same driver train"):
             lease.check(run, first)
     assert list(storage.list_folder(run)) == []
+
+
+def test_a_driver_that_lost_the_run_leaves_the_next_ones_workers_alone(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    with lease.held(run) as mine:
+        groups.announce(run, mine.renew(), "mine")
+        on_another_machine(run)  # it has taken over
+        groups.announce(run, "07e5-1", "theirs")
+        lease.check(run, "07e5-1/theirs")
+        with pytest.raises(lease.LeaseLostError, match="taken over by process 7 on far"):
+            mine.renew()
+    lease.check(run, "07e5-1/theirs")
+    names = {entry.name for entry in storage.list_folder(run)}
+    assert names == {"lease-000004.json", "workers-07e5-1.txt"}
 
 
 def test_a_save_that_failed_deletes_nothing_of_a_later_start(tmp_path: Path) -> None:

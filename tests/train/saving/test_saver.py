@@ -69,7 +69,7 @@ def test_what_changes_after_the_save_began_is_not_in_it(run: str, tmp_path: Path
         state["weights.safetensors"] = {"net.weight": weights}
         worker.committer.save(
             saves.make_manifest(step),
-            capture=lambda folder, state=state: state,
+            capture=lambda state=state: state,
             consumed=worker.consumed,
         )
     hold.set()
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_again_is_refused_whenever_it_turns_up(run: str) -> 
     def save(step: int) -> None:
         captured = {**saves.state_at(step), "trainer.pt": kept}
         point = saves.make_manifest(step)
-        worker.committer.save(point, capture=lambda folder: captured, consumed=worker.consumed)
+        worker.committer.save(point, capture=lambda: captured, consumed=worker.consumed)
 
     save(1)
     kept["seen"].append(Custom())
@@ -232,7 +232,7 @@ def test_a_file_that_the_system_refuses_leaves_nothing_behind(run: str) -> None:
     worker.save(1, size=LARGE)
     wait_for(worker, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    staged = worker.committer._staging._root
+    staged = worker.committer._saver._staging._root
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
         worker.save(2, size=LARGE, must=True)
