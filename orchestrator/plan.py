@@ -79,12 +79,16 @@ def _memory(config: Config, measured: Measured, strategy: str) -> list[str]:
 
 def _checkpoint(config: Config, measured: Measured, strategy: str) -> str:
     # All workers' shares together are what one worker alone would hold.
-    name = "zero1" if strategy.startswith("zero") else "ddp"
-    need = choose.needs_of(config, measured, num_workers=1)[name]
-    states = need.optimizer or need.host
+    sharded = strategy.startswith("zero") or config.train.offload_optimizer
+    name = "zero1" if sharded else "ddp"
+    # What is offloaded beside the states, such as gradients, is not saved.
+    train = dataclasses.replace(config.train, offload_optimizer=False)
+    resident = dataclasses.replace(config, train=train)
+    need = choose.needs_of(resident, measured, num_workers=1)[name]
+    states = need.optimizer
     rate = NOTICE_MARGIN * (need.parameters + states) / NOTICE_S
     return (
-        f"A checkpoint takes{' under ddp' if strategy == choose.UNDECIDED else ''} "
+        f"A checkpoint takes{f' under {name}' if strategy == choose.UNDECIDED else ''} "
         f"{in_words(need.parameters + states)}: {in_words(need.parameters)} of weights, "
         f"{in_words(states)} of optimizer states; the last "
         f"{config.train.checkpoint.keep} and the best one are kept. "

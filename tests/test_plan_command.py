@@ -32,6 +32,10 @@ def test_it_shows_memory_steps_and_the_choice(
     assert "Strategy ddp: ddp takes" in page
     assert "A checkpoint takes 3.7 MB: 1.2 MB of weights, 2.5 MB of optimizer states" in page
     assert "of pixels in the object store" in page
+    # Offloaded, where gradients lie beside the states: those are not saved.
+    offloaded = ["--train.offload_optimizer", "true", "--scaling.gpus_per_worker", "1"]
+    assert cli.main(["plan", "--config", str(tmp_path / "run.yaml"), *offloaded]) == 0
+    assert "0.6 MB of weights, 3.7 MB of optimizer states" in capsys.readouterr().out
     assert len(page.splitlines()) <= 40
     assert not ray.is_initialized()
     assert not (tmp_path / "runs").exists()

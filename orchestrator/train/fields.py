@@ -1,5 +1,6 @@
 """Driver side: the fields of a config, held against their rules. No torch, no Ray, no storage."""
 
+import math
 from typing import Any
 
 from orchestrator.config import Config, UserError
@@ -49,6 +50,12 @@ def check_config(config: Config) -> None:
         require(key, number, number is None or number > 0, "must be above 0; raise it")
     most = train.max_failures
     require("train.max_failures", most, most >= 0, "must be at least 0; raise it")
+    delta, limit = (stopping.min_delta, stopping.divergence_threshold) if stopping else (0, None)
+    rule = "must be a number from 0 on; raise it"
+    require("train.early_stopping.min_delta", delta, 0 <= delta < math.inf, rule)
+    rule = "must be a number, or null; change it"
+    is_number = limit is None or not math.isnan(limit)
+    require("train.early_stopping.divergence_threshold", limit, is_number, rule)
     gpus = scaling.gpus_per_worker
     require("scaling.gpus_per_worker", gpus, gpus >= 0, "must be at least 0; raise it")
     gpus = train.validate.gpus

@@ -22,6 +22,7 @@ from orchestrator.config import Config, DataConfig, UserError
 from orchestrator.data.source import Placement
 from orchestrator.data.sources import read_data
 from orchestrator.run import (
+    RESULT_FILE,
     append_event,
     check_same_run,
     open_run,
@@ -30,7 +31,7 @@ from orchestrator.run import (
 from orchestrator.train import fields, preflight, resuming
 from orchestrator.train.entry import run_worker
 from orchestrator.train.errors import Diverged
-from orchestrator.train.finished import is_finished, is_trained
+from orchestrator.train.finished import is_finished, is_trained, mark_end
 from orchestrator.train.job import Job
 from orchestrator.train.outcome import close_diverged, close_failed, close_run, result_of
 from orchestrator.train.recovery.again import fit_again
@@ -160,6 +161,8 @@ def _fit(
     _check_memory(config, share=share)
     open_run(config)
     clear_unfinished(run)
+    storage.delete_file(storage.join(run, RESULT_FILE))  # of an earlier end: this one goes on
+    mark_end(config, run)
     workers = config.scaling.num_workers  # a list where it is elastic
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
     with _board(show=show) as board, beside.process(run, config, board) as apart:

@@ -39,17 +39,16 @@ def _stopping(last: checkpoint.Manifest) -> dict[str, Any] | None:
 def close_diverged(run: str, config: Config, error: Diverged) -> Diverged:
     """Write `result.json` of a run that diverged, and return the error with its last checkpoint."""
     manifests = checkpoint.list_manifests(run)
-    if not manifests:
-        return Diverged(f"{error}; there is no checkpoint from before it.")
-    said = f"{error}; the last good checkpoint is that of step {manifests[-1].step}."
+    said = f"{error}; there is no checkpoint from before it."
+    if manifests:
+        said = f"{error}; the last good checkpoint is that of step {manifests[-1].step}."
     close_run(run, config, stop_reason="diverged", problem=said)
     return Diverged(said)
 
 
 def close_failed(run: str, config: Config, problem: str) -> None:
     """Write `result.json` of a run that an error ended; the same command still goes on with it."""
-    if checkpoint.list_manifests(run):
-        close_run(run, config, stop_reason="failed", problem=problem)
+    close_run(run, config, stop_reason="failed", problem=problem)
 
 
 def close_run(
@@ -74,7 +73,7 @@ def _result(run: str, config: Config, *, now: float) -> dict[str, Any]:
     """Return what the committed checkpoints and the events say of a run that ended at `now`."""
     manifests = checkpoint.list_manifests(run)
     monitor, mode = checkpoint.monitored(config.train.early_stopping)
-    last = manifests[-1]
+    last = manifests[-1] if manifests else _nothing(config)
     best = checkpoint.best_of(manifests, monitor=monitor, mode=mode) or last
     events = read_events(run)
     starts = [event for event in events if event["event"] == "training"]
@@ -111,6 +110,15 @@ def _result(run: str, config: Config, *, now: float) -> dict[str, Any]:
             "decode_slots": decided.get("decode_slots"),
         },
     }
+
+
+def _nothing(config: Config) -> checkpoint.Manifest:
+    """Return what stands for the last checkpoint of a run that ended before its first."""
+    return checkpoint.Manifest(
+        step=0, position=0, epoch=0, metrics={}, done="", world_size=config.scaling.max_workers,
+        strategy="", precision="", config_digest="", index_digest="",
+        stats={"train_s": 0.0, "wait_s": 0.0, "bad": 0}, files=(),
+    )  # fmt: skip
 
 
 def _wall_s(events: Events, now: float) -> float:

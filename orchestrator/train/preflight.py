@@ -1,5 +1,6 @@
 """Driver side: everything about a run that can be wrong is found here, before anything starts."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -81,8 +82,9 @@ def check_model(config: Config, index: Index) -> None:
     monitor.check(config)
     if issubclass(model.find_class(config.model.class_path), ImageClassifier):
         check_label_kind(index.label_kind)
-        # It reads nothing but its arguments, so it can be tried without allocating weights.
-        with torch.device("meta"):
+        # Tried without allocating weights, where its network reads nothing but arguments; others
+        # (torchvision's RegNets, a user's subclass) raise what says nothing about them.
+        with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
             model.build(config.model, num_classes=len(index.classes))
 
 

@@ -13,9 +13,10 @@ from orchestrator.config import BesideConfig, Config, TrainConfig, ValidateConfi
 from orchestrator.data.assemble import Costs
 from orchestrator.data.plan import Batching
 from orchestrator.report import write_report
-from orchestrator.run import EVENTS_FILE, read_events, read_result, write_result
+from orchestrator.run import EVENTS_FILE, open_run, read_events, read_result, write_result
 from orchestrator.train import finished, outcome
 from orchestrator.train.account import _placed, account
+from orchestrator.train.errors import Diverged
 from orchestrator.train.saving import checkpoint
 from orchestrator.train.timing import clocks
 from orchestrator.train.timing.clocks import Clocks
@@ -171,6 +172,16 @@ def test_a_run_that_failed_has_a_result_and_goes_on(
     assert outcome.result_of(run, config)["stop_reason"] == "max_epochs"
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_has_none(tmp_path: Path) -> None:
-    outcome.close_failed(str(tmp_path), Config(), "x")
-    assert read_result(str(tmp_path)) is None
+def test_a_run_that_ends_before_its_first_checkpoint_has_a_result(tmp_path: Path) -> None:
+    config = Config(storage_path=str(tmp_path), name="run")
+    run = open_run(config)
+    outcome.close_failed(run, config, "ArithmeticError: x")
+    result = read_result(run)
+    assert result is not None
+    assert (result["stop_reason"], result["problem"]) == ("failed", "ArithmeticError: x")
+    assert (result["steps"], result["final"], result["verdict"]) == (0, {}, None)
+    error = outcome.close_diverged(run, config, Diverged("loss is nan at step 7"))
+    assert str(error) == "loss is nan at step 7; there is no checkpoint from before it."
+    assert (read_result(run) or {})["stop_reason"] == "diverged"
+    write_report(run)
+    assert "loss is nan at step 7" in (Path(run) / "report.md").read_text()

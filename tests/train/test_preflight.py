@@ -1,6 +1,7 @@
 """What a resubmission may not change, and what a cluster that may grow changes."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,39 @@ def test_validation_that_cannot_be_is_refused(
     train = dataclasses.replace(config.train, validate=ValidateConfig(**changes))
     with pytest.raises(UserError, match=said):
         fields.check_config(dataclasses.replace(config, train=train))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"min_delta": -0.5}, r"early_stopping\.min_delta=-0\.5 must be a number from 0 on"),
+        ({"min_delta": math.nan}, r"early_stopping\.min_delta=nan must be a number from 0 on"),
+        ({"divergence_threshold": math.nan}, r"divergence_threshold=nan must be a number, or null"),
+    ],
+)
+def test_early_stopping_that_cannot_be_is_refused(
+    index: Index, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    config = make_config(index, tmp_path, max_epochs=1)
+    train = dataclasses.replace(config.train, early_stopping=EarlyStoppingConfig(**changes))
+    with pytest.raises(UserError, match=said):
+        fields.check_config(dataclasses.replace(config, train=train))
+
+
+def test_a_network_that_needs_values_to_be_built_is_no_mistake(
+    index: Index, tmp_path: Path
+) -> None:
+    args = {"arch": "regnet_y_400mf"}
+    config = make_config(index, tmp_path, max_epochs=1)
+    model = dataclasses.replace(
+        config.model,
+        class_path="orchestrator.train.module.ImageClassifier",
+        init_args=args,
+    )
+    preflight.check_model(dataclasses.replace(config, model=model), index)
+    args["arch"] = "regnet_y_400m"
+    with pytest.raises(UserError, match="regnet_y_400m"):
+        preflight.check_model(dataclasses.replace(config, model=model), index)
 
 
 def test_validation_needs_images(tmp_path: Path) -> None:

@@ -64,6 +64,20 @@ def test_fewer_epochs_than_are_done_are_refused(index: Index, tmp_path: Path) ->
         resuming.check_checkpoints(make_config(index, tmp_path, max_epochs=1), index, run)
 
 
+def test_epochs_lowered_to_those_done_make_the_last_checkpoint_the_end(
+    index: Index, tmp_path: Path
+) -> None:
+    config = make_config(index, tmp_path, max_epochs=8)
+    run = commit(config, index, step=40, position=280, epoch=7, done="")
+    finished.mark_end(config, run)
+    assert not finished.is_finished(config, run)
+    lowered = make_config(index, tmp_path, max_epochs=7)
+    finished.mark_end(lowered, run)
+    assert finished.is_finished(lowered, run)
+    assert checkpoint.list_manifests(run)[-1].done == "max_epochs"
+    assert not finished.is_finished(config, run)  # and more can be asked for again
+
+
 @pytest.mark.parametrize("done", ["converged", "diverged"])
 def test_a_run_that_stopped_itself_is_finished_whatever_its_epochs(
     index: Index, tmp_path: Path, done: str

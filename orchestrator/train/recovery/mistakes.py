@@ -176,6 +176,7 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
         self._token = token
         self._board = board
         self._settings = settings
+        self._lacked: set[tuple[str, int]] = set()
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Go on counting where an earlier controller of the same driver ended."""
@@ -218,11 +219,11 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
             found.cause == "process" and worker_group_status.get_preemption_info() is not None
         ):
             return
+        self._decided = True
+        if self._has_remedy(cluster.root_cause(errors[found.rank])):
+            return
         step = found.step if found.step is not None else self._shown_step()
         trace = str(worker_group_status.worker_statuses[found.rank].error)
-        if isinstance(cluster.root_cause(errors[found.rank]), OutOfMemory):
-            return  # it has a remedy of its own, and an end
-        self._decided = True
         self._add(found.error, found.cause, step, trace)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
@@ -237,6 +238,16 @@ class FailurePolicy(WorkerGroupCallback, ControllerCallback):  # type: ignore[mi
         if charge_of(failed.errors.values(), draining=draining) == "failure":
             found = diagnose_start(failed, hang_timeout_s=self._settings.hang_timeout_s)
             self._add(found.error, found.cause, None, str(failed.__cause__))
+
+    def _has_remedy(self, root: BaseException) -> bool:
+        """Return whether the next start asks for less memory: not where it met this size before.
+
+        That is so where few validation images leave workers no smaller batches (`Batching`).
+        """
+        if not isinstance(root, OutOfMemory) or (root.setting, root.size) in self._lacked:
+            return False
+        self._lacked.add((root.setting, root.size))
+        return True
 
     def _add(self, error: str, cause: Cause, step: int | None, trace: str) -> None:
         verdict = self._count.add(error, cause=cause, step=step)

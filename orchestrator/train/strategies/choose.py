@@ -101,7 +101,7 @@ def choose_strategy(config: Config, *, num_classes: int, resumed: str | None = N
     except Unmeasured as error:
         if requested == "auto":
             return Choice(_simplest_of(config)[0], f"{error}, so that what it needs is not known")
-        return Choice(requested, "asked for")
+        return Choice(requested, f"asked for; {error}, so that nothing else was checked")
     if requested == "auto":
         return simplest(config, measured)
     _refuse(f"train.strategy={requested!r}", measured)

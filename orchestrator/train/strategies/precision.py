@@ -60,7 +60,7 @@ def _measure_gain(module: pl.LightningModule, *, batch: int, image_size: int) ->
     image = torch.randn(min(batch, _MAX_TRIED), 3, image_size, image_size, generator=generator)
     image = image.to(memory_format=torch.channels_last)
     # In evaluation mode, so that neither running statistics nor random numbers are touched.
-    was_training = module.training
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         ratios = [
@@ -69,7 +69,8 @@ def _measure_gain(module: pl.LightningModule, *, batch: int, image_size: int) ->
         ]
     finally:
         module.zero_grad(set_to_none=True)
-        module.train(was_training)
+        for part, is_training in modes.items():  # a frozen backbone's is not the module's
+            part.training = is_training
     return statistics.median(ratios[1:])
 
 

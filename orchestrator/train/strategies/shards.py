@@ -143,7 +143,11 @@ def _fill(group: Group, saved: dict[str, Any], *, rank: int, source: int) -> Non
     with torch.no_grad():
         _copy(group, group.master, saved["master"], parts, rank=rank, source=source)
         for name, value in saved["state"].items():
-            if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            if isinstance(value, torch.Tensor) and value.ndim == 0:
+                # As PyTorch's load_state_dict does with `step`.
+                on_device = group.options.get("fused") or group.options.get("capturable")
+                group.state[name] = value.to(group.master.device) if on_device else value
+            elif not isinstance(value, torch.Tensor):
                 group.state[name] = value
             elif value.shape != size:
                 raise UserError(

@@ -23,8 +23,9 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from orchestrator.config import TrainConfig
 from orchestrator.run import read_events
+from orchestrator.train.errors import OutOfMemory
 from orchestrator.train.recovery import elastic
-from orchestrator.train.recovery.failures import CodeError, FailureCount, Verdict
+from orchestrator.train.recovery.failures import CodeError, FailureCount, Verdict, mark_step
 from orchestrator.train.recovery.mistakes import FailurePolicy, GaveUp, describe
 from orchestrator.train.recovery.preemptions import NotePreemptions
 from orchestrator.train.recovery.starting import StartFailed
@@ -124,6 +125,19 @@ def test_a_failure_that_waits_for_nodes_is_one_failure(
             previous = state
         assert len(events(tmp_path)) == number
     assert events(tmp_path) == [("failure", "process"), ("preempted", None)]
+
+
+def test_memory_that_runs_out_at_the_same_size_again_is_a_failure(
+    tmp_path: Path, callbacks: Any
+) -> None:
+    policy, _ = callbacks
+    for size in (8, 2, 2):
+        policy._decided = False  # as when workers have started
+        for _ in range(2):  # each poll brings the error anew
+            error = OutOfMemory("data.eval_batch", size, 3, "no room")
+            mark_step(error, 3)
+            policy.after_worker_group_poll_status(poll(error))
+    assert events(tmp_path) == [("failure", "code")]
 
 
 def test_running_workers_are_nobodys_start(tmp_path: Path, callbacks: Any) -> None:

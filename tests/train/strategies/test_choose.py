@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
 from orchestrator.config import Config, ModelConfig, ScalingConfig, TrainConfig, UserError
 from orchestrator.train.strategies import choose
@@ -75,6 +75,29 @@ class Asks(Plain):
         return super().configure_optimizers() if self.trainer.datamodule.sizes else None
 
 
+class ByNorm(torch.optim.SGD):
+    """Steps as far as a weight is long, as LARS does, in groups that ask for it."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                trust = 0.001 * weight.norm() / weight.grad.norm() if group["adapt"] else 1.0
+                weight -= group["lr"] * trust * weight.grad
+
+
+class WarmsUp(Plain):
+    """Begins at a learning rate of 0; its first group is stepped as by SGD."""
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": [], "adapt": False},
+            {"params": list(self.parameters()), "adapt": True},
+        ]
+        optimizer = ByNorm(groups, lr=0.1)
+        return [optimizer], [LambdaLR(optimizer, lambda step: min(1.0, step / 1000))]
+
+
 class OnGpusOnly(torch.optim.SGD):
     """Steps by kernels that a CPU does not have."""
 
@@ -131,6 +154,7 @@ def test_a_model_is_measured_without_its_memory() -> None:
         ("Muon", {}, 1, False),
         ("Adafactor", {}, 5 / 6, False),
         ("LBFGS", {}, 2, False),
+        ("Adagrad", {}, 1, True),
     ],
 )
 def test_what_an_optimizer_keeps_is_found_by_trying(
@@ -205,6 +229,8 @@ def test_workers_decide_where_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPa
         ("Two", {}, "one optimizer but .* configures 2; set train.strategy to ddp"),
         ("Plain", {"optimizer": "Muon"}, "Muon of .* would compute something else"),
         ("Cycles", {"optimizer": "Adafactor"}, "Adafactor of .* would compute something else"),
+        ("WarmsUp", {}, "ByNorm of .* would compute something else"),
+        ("Plain", {"optimizer": "Adagrad"}, "DeepSpeed replaces Adagrad of .* by one of its own"),
         ("Schedules", {}, "one learning-rate schedule but .* configures 2; set train.strategy"),
         ("Clips", {}, "DeepSpeed does itself what .*Clips.configure_gradient_clipping does"),
     ],
@@ -215,6 +241,9 @@ def test_what_zero_cannot_train_is_refused(name: str, args: dict[str, Any], mess
     assert choose_strategy(config(name, strategy="ddp", **args), num_classes=3).value == "ddp"
     for trained in ("Plain", "Cycles"):
         assert str(auto_of(trained, strategy="zero1")) == "zero1: asked for"
+    unmeasured = str(auto_of("Reader", strategy="zero1"))
+    assert "cannot be built without memory (" in unmeasured
+    assert unmeasured.endswith("so that nothing else was checked")
 
 
 def test_offloading_is_refused_where_there_is_nothing_to_move() -> None:

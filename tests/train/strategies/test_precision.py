@@ -37,6 +37,7 @@ def auto(module: pl.LightningModule, device: torch.device = CPU) -> Choice:
 def test_measuring_leaves_the_module_and_the_random_numbers_alone() -> None:
     module = UserModule(num_classes=3)
     module.train()
+    frozen = next(module.children()).eval()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     state = torch.get_rng_state()
     choice = auto(module)
@@ -44,6 +45,7 @@ def test_measuring_leaves_the_module_and_the_random_numbers_alone() -> None:
     assert "measured" in choice.reason
     assert torch.equal(torch.get_rng_state(), state)
     assert module.training
+    assert not frozen.training  # which its user put in evaluation mode
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
 

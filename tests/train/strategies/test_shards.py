@@ -1,5 +1,6 @@
 """Shards of ZeRO's state, cut anew for other numbers of workers; DeepSpeed is left out."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,3 +86,16 @@ def test_states_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no ZeRO shards"):
         shards.load_shards([], tmp_path, rank=0)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("option", ["fused", "capturable", ""])
+def test_the_count_of_steps_lies_where_the_optimizer_wants_it(tmp_path: Path, option: str) -> None:
+    write(tmp_path, 1)
+    group = make_group(0, 1, filled=False)
+    # No tensor there has values: whether one was moved is all that shows.
+    on_device = dataclasses.replace(
+        group, master=group.master.to("meta"), options={**group.options, option: True}
+    )
+    shards.load_shards([on_device], tmp_path, rank=0)
+    assert on_device.state["step"].device.type == ("meta" if option else "cpu")
