@@ -1,7 +1,9 @@
 """Every entry script and example config parses and is checked as far as it can be without data."""
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,23 @@ def test_every_command_has_its_script() -> None:
     assert set(cli.COMMANDS) <= {script.stem for script in SCRIPTS}
 
 
+def ask(script: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[Path, subprocess.CompletedProcess[str]]:
+    """What every script says for --help: as many at once as there are CPUs."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SCRIPTS, pool.map(ask, SCRIPTS), strict=True))
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_shows_its_help(script: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=ROOT
-    )
+def test_a_script_shows_its_help(
+    answers: dict[Path, subprocess.CompletedProcess[str]], script: Path
+) -> None:
+    done = answers[script]
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
 

@@ -119,51 +119,45 @@ class Board:
         return SimpleNamespace(remote=self.said.append)
 
 
-def test_what_runs_out_of_memory_is_halved_and_remembered(tmp_path: Path) -> None:
-    asked = make_config(tmp_path, "run", "UserModule", num_classes=3)
-    hungry = ModelConfig(class_path="numeric_modules.Hungry", init_args={"most": 2, "most_eval": 2})
-    train = dataclasses.replace(asked.train, max_epochs=1, validate=ValidateConfig())
-    run = tmp_path / "run"
+def trained_in_line(folder: Path) -> tuple[Config, str, checkpoint.Manifest]:
+    """Return a run whose one checkpoint still waits for a validation, and what that will find."""
+    config = make_config(folder, "run", "UserModule", num_classes=3)
+    model = ModelConfig(class_path="numeric_modules.Hungry", init_args={"most": 2, "most_eval": 2})
+    train = dataclasses.replace(config.train, max_epochs=1, validate=ValidateConfig())
+    config = dataclasses.replace(config, train=train, model=model)
+    run = folder / "run"
     run.mkdir()
-    inline = dataclasses.replace(asked, train=train, model=hungry)
-    bare.train(1, Start(run=str(run), config=inline))
+    bare.train(1, Start(run=str(run), config=config))
     (manifest,) = checkpoint.list_manifests(str(run))
     checkpoint.amend(str(run), manifest.step, metrics={})
-    eight = dataclasses.replace(inline, data=dataclasses.replace(inline.data, eval_batch=8))
+    return config, str(run), manifest
+
+
+def test_what_runs_out_of_memory_is_halved_and_remembered(tmp_path: Path) -> None:
+    config, run, manifest = trained_in_line(tmp_path)
+    eight = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_batch=8))
     board = Board()
-    process = ValidationProcess(str(run), eight, BesideConfig(), [], board)
-    outcome = process.validate(manifest.step)
+    outcome = ValidationProcess(run, eight, BesideConfig(), [], board).validate(manifest.step)
     assert outcome.failed == ""
     assert outcome.metrics == pytest.approx(manifest.metrics, rel=1e-5)
-    events = [e for e in read_events(str(run)) if e["event"] == "out_of_memory"]
+    events = [e for e in read_events(run) if e["event"] == "out_of_memory"]
     assert [(e["from"], e["to"], e["step"]) for e in events] == [
         (8, 4, manifest.step),
         (4, 2, manifest.step),
     ]
     assert "data.eval_batch goes from 8 to 4" in board.said[0]
     # Another process, after this one was lost, begins with what fits.
-    again = ValidationProcess(str(run), eight, BesideConfig(), [], board)
+    again = ValidationProcess(run, eight, BesideConfig(), [], board)
     assert again.validate(manifest.step).metrics == outcome.metrics
     assert len(board.said) == 2
 
 
 def test_one_sample_that_does_not_fit_is_said_and_costs_training_nothing(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "run", "UserModule", num_classes=3)
-    args = {"most": 2, "most_eval": 2}
-    hungry = ModelConfig(class_path="numeric_modules.Hungry", init_args=args)
-    train = dataclasses.replace(config.train, max_epochs=1, validate=ValidateConfig())
-    run = tmp_path / "run"
-    run.mkdir()
-    config = dataclasses.replace(config, train=train, model=hungry)
-    bare.train(1, Start(run=str(run), config=config))
-    (manifest,) = checkpoint.list_manifests(str(run))
-    checkpoint.amend(str(run), manifest.step, metrics={})
-    none = ModelConfig(class_path=hungry.class_path, init_args={**args, "most_eval": 0})
-    config = dataclasses.replace(config, model=none)
-    outcome = ValidationProcess(str(run), config, BesideConfig(), [], Board()).validate(
-        manifest.step
-    )
-    assert "can't allocate memory" in outcome.failed
+    config, run, manifest = trained_in_line(tmp_path)
+    args = {**config.model.init_args, "most_eval": 0}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_args=args))
+    process = ValidationProcess(run, config, BesideConfig(), [], Board())
+    assert "can't allocate memory" in process.validate(manifest.step).failed
 
 
 @pytest.mark.slow
