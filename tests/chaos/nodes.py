@@ -73,12 +73,14 @@ class Nodes:
     def left_over(self, *, patience_s: float = 20.0) -> list[str]:
         """Return what outlived all runs: actors, placement groups, objects."""
         found = self.grown(Counter(), patience_s=patience_s)
-        stored = _await_nothing(self._stored_bytes, patience_s)
-        return found + ([f"{stored} bytes of objects in shared memory"] if stored else [])
+        stored = _await_nothing(self._stored, patience_s)
+        return found + ([f"objects in shared memory: {stored}"] if stored else [])
 
-    def _stored_bytes(self) -> int:
-        state = get_state_from_address(self.address)
-        return int(get_memory_info_reply(state).store_stats.object_store_bytes_used)
+    def _stored(self) -> str:
+        """Return what the nodes' object stores hold, or nothing."""
+        stats = get_memory_info_reply(get_state_from_address(self.address)).store_stats
+        used, pinned = stats.object_store_bytes_used, stats.object_store_bytes_primary_copy
+        return f"{used} bytes, {pinned} of them pinned" if used else ""
 
     def stop(self) -> None:
         """End all nodes."""

@@ -88,7 +88,8 @@ def assert_left_over_is_found(nodes: Nodes) -> None:
     ray.get([planted.__ray_ready__.remote(), group.ready()])
     *held, stored = nodes.left_over(patience_s=0.0)
     assert held == ["1 more actor Planted", "1 more placement group"]
-    assert stored.endswith(" bytes of objects in shared memory"), kept
+    assert stored.startswith("objects in shared memory: 1000"), kept
+    assert stored.endswith(" of them pinned")
 
 
 class Planted:
