@@ -90,8 +90,8 @@ def _checkpoint(config: Config, measured: Measured, strategy: str) -> str:
     return (
         f"A checkpoint takes{f' under {name}' if strategy == choose.UNDECIDED else ''} "
         f"{in_words(need.parameters + states)}: {in_words(need.parameters)} of weights, "
-        f"{in_words(states)} of optimizer states; the last "
-        f"{config.train.checkpoint.keep} and the best one are kept. "
+        f"{in_words(states)} of optimizer states, and as much of the nodes' memory for copies; the "
+        f"last {config.train.checkpoint.keep} and the best one are kept. "
         f"{_slow_save(config) or f'One made at a notice of {NOTICE_S:.0f} s fits it'}"
         f" where the workers together write {in_words(rate)} a second."
     )
