@@ -38,11 +38,11 @@ def train(argv: Sequence[str]) -> int:
     startup.mark("command")
     from orchestrator.train import ahead
 
-    ahead.prepare(config, verbose=verbose)
-    with importing():
-        from orchestrator.train import launch
-    startup.mark("ray and imports")
-    outcome = launch.fit(config, verbose=verbose, startup=startup)
+    with ahead.prepared(config, verbose=verbose):
+        with importing():
+            from orchestrator.train import launch
+        startup.mark("ray and imports")
+        outcome = launch.fit(config, verbose=verbose, startup=startup)
     from orchestrator.report import write_report
 
     report = write_report(outcome.run)

@@ -225,7 +225,7 @@ def check_writable(uri: str) -> None:
         StorageError: with the reason and the remedy.
     """
     probe = join(uri, f".probe-{os.getpid()}")
-    write_atomic(probe, b"")
+    write_atomic(probe, b"\n")  # an empty file fits a full disk
     delete_file(probe)
 
 

@@ -18,7 +18,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 )
 
 from orchestrator import cluster, progress, storage
-from orchestrator.config import Config, DataConfig, UserError
+from orchestrator.config import Config, UserError
 from orchestrator.data.source import Placement
 from orchestrator.data.sources import read_data
 from orchestrator.run import (
@@ -29,6 +29,7 @@ from orchestrator.run import (
     run_uri,
 )
 from orchestrator.train import fields, preflight, resuming
+from orchestrator.train.ahead import absolute
 from orchestrator.train.entry import run_worker
 from orchestrator.train.errors import Diverged
 from orchestrator.train.finished import is_finished, is_trained, mark_end
@@ -201,15 +202,6 @@ def _check_memory(config: Config, *, share: int) -> None:
     )
     memory = Memory(int(found.get("memory", 0)), int(found.get("object_store_memory", 0)))
     check_memory(config, read_data(config.data), memory, slots=placement.slots)
-
-
-def absolute(data: DataConfig) -> DataConfig:
-    """Name the data such that every process of the cluster finds it."""
-    parts = tuple(
-        dataclasses.replace(part, index=storage.absolute(part.index)) for part in data.mix
-    )
-    index = storage.absolute(data.index) if data.index else ""
-    return dataclasses.replace(data, index=index, mix=parts)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from orchestrator.train import ahead
 import ray
 config, said = configfile.load(sys.argv[1], []), ""
 try:
-    ahead.prepare(config, verbose=False)
+    with ahead.prepared(config, verbose=False):
+        pass
 except UserError as error:
     said = str(error)
 print(json.dumps({"said": said, "torch": "torch" in sys.modules, "ray": ray.is_initialized()}))
@@ -50,7 +51,9 @@ def prepare(tmp_path: Path, config: Config, **changes: Any) -> dict[str, Any]:
     )
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-c", PREPARE, str(path)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=env, cwd=tmp_path
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -86,9 +89,11 @@ def test_what_needs_no_library_is_said_before_any_wait(
     assert not found["ray"]
 
 
-def test_a_run_that_is_finished_starts_nothing(tmp_path: Path, config: Config) -> None:
-    checkpoint.commit(str(tmp_path / "run"), make_manifest(5, done="converged"))
-    assert prepare(tmp_path, config) == {"said": "", "torch": False, "ray": False}
+@pytest.mark.parametrize("index", ["{root}/data", "./data"])
+def test_a_run_that_is_finished_starts_nothing(tmp_path: Path, config: Config, index: str) -> None:
+    checkpoint.commit(open_run(config), make_manifest(5, done="converged"))
+    found = prepare(tmp_path, config, data={"index": index.format(root=tmp_path)})
+    assert found == {"said": "", "torch": False, "ray": False}
 
 
 @pytest.mark.slow
