@@ -223,7 +223,8 @@ def test_a_shard_without_a_column_ends_a_run_at_once(
     assert "Traceback" not in out + err
     events = run.read_events(f"{tmp_path}/runs/first")
     assert [event["event"] for event in events].count("training") == 1, "it was tried again"
-    assert events[-1]["event"] == "failed"
+    assert [event["event"] for event in events[-2:]] == ["failed", "finished"]
+    assert events[-1]["stop_reason"] == "failed"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
