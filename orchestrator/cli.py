@@ -36,13 +36,10 @@ def train(argv: Sequence[str]) -> int:
 
     startup = Startup(process_began())
     startup.mark("command")
-    from orchestrator.train import ahead
-
-    with ahead.prepared(config, verbose=verbose):
-        with importing():
-            from orchestrator.train import launch
-        startup.mark("ray and imports")
-        outcome = launch.fit(config, verbose=verbose, startup=startup)
+    with importing():
+        from orchestrator.train import launch
+    startup.mark("imports")
+    outcome = launch.fit(config, verbose=verbose, startup=startup)
     from orchestrator.report import write_report
 
     report = write_report(outcome.run)

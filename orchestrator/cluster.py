@@ -20,11 +20,6 @@ _STATUS_KEY = "__autoscaling_status"
 _TYPE_OF_ITS_OWN = re.compile("node_[0-9a-f]{56}")
 
 
-def is_remote() -> bool:
-    """Return whether `RAY_ADDRESS` names a cluster, or one is joined already."""
-    return bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
-
-
 def connect(*, verbose: bool = False) -> None:
     """Join the cluster that `RAY_ADDRESS` names (as in a submitted job), else start a local one.
 

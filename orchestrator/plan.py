@@ -10,7 +10,6 @@ from orchestrator.data.source import Placement
 from orchestrator.data.sources import read_data
 from orchestrator.run import read_events, run_uri
 from orchestrator.train import launch, memory_limits
-from orchestrator.train.ahead import absolute
 from orchestrator.train.recovery.notice import NOTICE_MARGIN, NOTICE_S, Interval
 from orchestrator.train.strategies import choose
 from orchestrator.train.strategies.capacity import held_by_reading
@@ -26,7 +25,7 @@ def describe(config: Config) -> str:
     Raises:
         UserError: the config cannot work, as `orchestrator train` would say.
     """
-    config = dataclasses.replace(config, data=absolute(config.data))
+    config = dataclasses.replace(config, data=launch.absolute(config.data))
     choice = launch.check(config)
     index = read_data(config.data)
     limits = memory_limits.limits_of(read_events(run_uri(config)), config)

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import cli, configfile
 from orchestrator.config import UserError
-from orchestrator.train import fields
+from orchestrator.train import preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 # The others are what the benchmarks share.
@@ -46,7 +46,7 @@ def test_a_script_shows_its_help(
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_an_example_config_is_whole(path: Path) -> None:
     config = configfile.load(str(path))
-    fields.check_config(config)
+    preflight.check_config(config)
     assert configfile.from_dict(configfile.parse_yaml(configfile.dump(config), source="")) == config
 
 
@@ -60,4 +60,4 @@ def test_an_example_config_dry_runs(path: Path, capsys: pytest.CaptureFixture[st
 def test_a_config_is_checked_before_its_data_is_looked_for() -> None:
     config = configfile.load(str(ROOT / "jobs" / "digits.yaml"), ["--data.global_batch", "0"])
     with pytest.raises(UserError, match=r"data\.global_batch=0 must be at least 1"):
-        fields.check_config(config)
+        preflight.check_config(config)

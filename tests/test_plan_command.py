@@ -11,7 +11,7 @@ from packed import write_packed
 
 from orchestrator import cli, configfile
 from orchestrator.run import append_event, open_run
-from orchestrator.train.ahead import absolute
+from orchestrator.train import launch
 
 
 def test_it_shows_memory_steps_and_the_choice(
@@ -66,7 +66,7 @@ def test_it_knows_a_run_that_is_there(
     text = f"name: x\nstorage_path: {tmp_path / 'runs'}\ndata: {json.dumps(part)}\n"
     (tmp_path / "run.yaml").write_text(text)
     config = configfile.load(str(tmp_path / "run.yaml"))
-    run = open_run(dataclasses.replace(config, data=absolute(config.data)))
+    run = open_run(dataclasses.replace(config, data=launch.absolute(config.data)))
     fields = {"setting": "data.max_micro_batch", "asked": 4, "from": 4, "to": 2}
     append_event(run, "out_of_memory", **fields)
     assert cli.main(["plan", "--config", "run.yaml"]) == 0

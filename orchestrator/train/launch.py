@@ -18,7 +18,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 )
 
 from orchestrator import cluster, progress, storage
-from orchestrator.config import Config, UserError
+from orchestrator.config import Config, DataConfig, UserError
 from orchestrator.data.source import Placement
 from orchestrator.data.sources import read_data
 from orchestrator.run import (
@@ -28,11 +28,9 @@ from orchestrator.run import (
     open_run,
     run_uri,
 )
-from orchestrator.train import fields, preflight, resuming
-from orchestrator.train.ahead import absolute
+from orchestrator.train import preflight, resuming
 from orchestrator.train.entry import run_worker
 from orchestrator.train.errors import Diverged
-from orchestrator.train.finished import is_finished, is_trained, mark_end
 from orchestrator.train.job import Job
 from orchestrator.train.outcome import close_diverged, close_failed, close_run, result_of
 from orchestrator.train.recovery.again import fit_again
@@ -85,7 +83,7 @@ def check(config: Config) -> Choice:
     Raises:
         UserError: one sentence with the field or URI, the rule, the value and the remedy.
     """
-    fields.check_config(config)
+    preflight.check_config(config)
     index = preflight.check_data(config)
     preflight.check_model(config, index)
     choose.check_hardware(config)
@@ -119,11 +117,11 @@ def fit(
         TrainingFailed: training ended by an error; the run can be resubmitted.
     """
     startup = startup or Startup(time.time())
-    fields.check_config(config)
+    preflight.check_config(config)
     config = dataclasses.replace(config, data=absolute(config.data))
     strategy = check(config)
     run = run_uri(config)
-    if is_finished(config, run):
+    if preflight.is_finished(config, run):
         lease.clear(run)
         return RunResult(run, result_of(run, config))
     with lease.held(run) as mine:
@@ -163,7 +161,6 @@ def _fit(
     open_run(config)
     clear_unfinished(run)
     storage.delete_file(storage.join(run, RESULT_FILE))  # of an earlier end: this one goes on
-    mark_end(config, run)
     workers = config.scaling.num_workers  # a list where it is elastic
     append_event(run, "submitted", workers=workers, cpus=resources.cpus, gpus=resources.gpus)
     with _board(show=show) as board, beside.process(run, config, board) as apart:
@@ -184,7 +181,7 @@ def _fit(
             validation=apart.handle if apart else None,
         )
         with _closed_where_it_diverged(run, config), _explained(config, run, mine):
-            if not is_trained(config, run):
+            if not preflight.is_trained(config, run):
                 fit_again(job, mine, lambda now: _run_trainer(now, callbacks=callbacks))
         settle(run, config, apart, board)
     return RunResult(run, close_run(run, config))
@@ -202,6 +199,15 @@ def _check_memory(config: Config, *, share: int) -> None:
     )
     memory = Memory(int(found.get("memory", 0)), int(found.get("object_store_memory", 0)))
     check_memory(config, read_data(config.data), memory, slots=placement.slots)
+
+
+def absolute(data: DataConfig) -> DataConfig:
+    """Name the data such that every process of the cluster finds it."""
+    parts = tuple(
+        dataclasses.replace(part, index=storage.absolute(part.index)) for part in data.mix
+    )
+    index = storage.absolute(data.index) if data.index else ""
+    return dataclasses.replace(data, index=index, mix=parts)
 
 
 @contextlib.contextmanager

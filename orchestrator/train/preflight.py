@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ray
 import torch
@@ -13,11 +15,90 @@ from orchestrator.data.augmentation import augment
 from orchestrator.data.index import Index
 from orchestrator.data.sources import read_data, verify_data
 from orchestrator.train import model
-from orchestrator.train.fields import require
 from orchestrator.train.logs import loggers
 from orchestrator.train.module import ImageClassifier, check_label_kind
 from orchestrator.train.recovery import elastic
+from orchestrator.train.saving import checkpoint
 from orchestrator.train.validation import monitor
+
+
+def check_config(config: Config) -> None:
+    """Check what needs neither storage nor Ray.
+
+    Raises:
+        UserError: a field's value cannot work.
+    """
+    data, train, scaling = config.data, config.train, config.scaling
+    stopping, apart = train.early_stopping, train.validate.beside
+    inside = ".." not in config.name.split("/") and not config.name.startswith("/")
+    rule = "must be a folder name; choose one such as my-run"
+    _require("name", config.name, config.name and inside, rule)
+    rule = "must name what `orchestrator pack --out` wrote"
+    _require("data.index", data.index, data.index or data.mix, rule)
+    for key, value in (
+        ("data.global_batch", data.global_batch),
+        ("data.max_micro_batch", data.max_micro_batch),
+        ("data.eval_batch", data.eval_batch),
+        ("data.image_size", data.image_size),
+        ("data.window_chunks", data.window_chunks),
+        ("data.decode_slots", data.decode_slots),
+        ("train.max_epochs", train.max_epochs),
+        ("train.checkpoint.keep", train.checkpoint.keep),
+        ("train.checkpoint.every_steps", train.checkpoint.every_steps),
+        ("train.early_stopping.patience", stopping.patience if stopping else None),
+        ("train.validate.every_samples", train.validate.every_samples),
+        ("scaling.num_workers", scaling.min_workers),
+    ):
+        _require(key, value, value is None or value >= 1, "must be at least 1; raise it")
+    if scaling.min_workers > scaling.max_workers:
+        raise UserError(
+            f"scaling.num_workers=[{scaling.min_workers}, {scaling.max_workers}] must ascend: the "
+            "fewest workers, then the most; swap them."
+        )
+    for key, number in (
+        ("train.checkpoint.every_seconds", train.checkpoint.every_seconds),
+        ("train.checkpoint.max_age_s", train.checkpoint.max_age_s),
+        ("train.hang_timeout_s", train.hang_timeout_s),
+        ("train.gradient_clip_norm", train.gradient_clip_norm),
+        ("scaling.cpus_per_worker", scaling.cpus_per_worker),
+        ("train.validate.beside.cpus", apart.cpus if apart else None),
+    ):
+        _require(key, number, number is None or number > 0, "must be above 0; raise it")
+    most = train.max_failures
+    _require("train.max_failures", most, most >= 0, "must be at least 0; raise it")
+    delta, limit = (stopping.min_delta, stopping.divergence_threshold) if stopping else (0, None)
+    rule = "must be a number from 0 on; raise it"
+    _require("train.early_stopping.min_delta", delta, 0 <= delta < math.inf, rule)
+    rule = "must be a number, or null; change it"
+    is_number = limit is None or not math.isnan(limit)
+    _require("train.early_stopping.divergence_threshold", limit, is_number, rule)
+    gpus = scaling.gpus_per_worker
+    _require("scaling.gpus_per_worker", gpus, gpus >= 0, "must be at least 0; raise it")
+    gpus = train.validate.gpus
+    _require("train.validate.beside.gpus", gpus, gpus >= 0, "must be at least 0; raise it")
+    rule = "must be from 0 to 4294967295; choose such a number"
+    _require("seed", config.seed, 0 <= config.seed < 2**32, rule)
+    low, high = data.crop_scale
+    rule = "must be two ascending shares above 0 and up to 1, e.g. [0.08, 1.0]"
+    _require("data.crop_scale", [low, high], 0 < low <= high <= 1, rule)
+    low, high = data.crop_ratio
+    rule = "must be two ascending numbers above 0, e.g. [0.75, 1.3333]"
+    _require("data.crop_ratio", [low, high], 0 < low <= high, rule)
+    _require("data.flip", data.flip, 0 <= data.flip <= 1, "must be a probability, from 0 to 1")
+    share = data.max_bad_fraction
+    _require("data.max_bad_fraction", share, 0 <= share <= 1, "must be a share, from 0 to 1")
+    rule = "must be a share above 0 and up to 1, e.g. 0.875"
+    _require("data.eval_crop", data.eval_crop, 0 < data.eval_crop <= 1, rule)
+    _require("data.std", list(data.std), min(data.std) > 0, "must be above 0, e.g. 0.225 each")
+    workers = scaling.max_workers
+    rule = f"must be at least scaling.num_workers={workers}; raise it or lower that"
+    enough = data.global_batch >= workers
+    _require("data.global_batch", data.global_batch, enough, rule)
+
+
+def _require(key: str, value: Any, holds: object, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{key}={value!r} {rule}.")
 
 
 def check_data(config: Config) -> Index:
@@ -36,7 +117,7 @@ def check_data(config: Config) -> Index:
     samples, workers = index.splits["train"].samples, config.scaling.max_workers
     rule = f"is larger than the {samples} training images of {index.uri}; lower it"
     batch = config.data.global_batch
-    require("data.global_batch", batch, batch <= samples, rule)
+    _require("data.global_batch", batch, batch <= samples, rule)
     if "val" not in index.splits:
         _check_without_validation(config, index)
     elif index.splits["val"].samples < workers:
@@ -82,9 +163,9 @@ def check_model(config: Config, index: Index) -> None:
     monitor.check(config)
     if issubclass(model.find_class(config.model.class_path), ImageClassifier):
         check_label_kind(index.label_kind)
-        # Tried without allocating weights, where its network reads nothing but arguments; others
-        # (torchvision's RegNets, a user's subclass) raise what says nothing about them.
-        with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        # Tried without allocating weights. A network that reads tensors' values while it is built
+        # (torchvision's RegNets, a user's subclass) raises RuntimeErrors there, and only there.
+        with contextlib.suppress(RuntimeError), torch.device("meta"):
             model.build(config.model, num_classes=len(index.classes))
 
 
@@ -175,3 +256,17 @@ def describe_waiting(config: Config, found: Resources) -> str | None:
     except UserError as error:
         return f"waiting for the cluster to grow: {error}"
     return None
+
+
+def is_finished(config: Config, run: str) -> bool:
+    """Return whether a run is trained and no validation beside it is out any more."""
+    return is_trained(config, run) and not checkpoint.list_manifests(run)[-1].pending
+
+
+def is_trained(config: Config, run: str) -> bool:
+    """Return whether the run's newest checkpoint is its end, under this config."""
+    manifests = checkpoint.list_manifests(run)
+    if not manifests or not manifests[-1].done:
+        return False
+    last = manifests[-1]
+    return last.done != "max_epochs" or last.epoch >= config.train.max_epochs

@@ -54,6 +54,9 @@ def _train(job: Job) -> None:
         feed = feeds.training_feed(config, index, num_workers=num_workers)
         ended = resumed is not None and resumed.done not in ("", "max_epochs")
         if ended or step >= feed.batching.num_steps:
+            if rank == 0 and resumed is not None and not resumed.done:
+                # train.max_epochs was lowered to just what is done: nobody else says that it ends.
+                checkpoint.amend(job.run, step, done="max_epochs")
             return
         elastic.refuse_drained_node(step=step)
         placement = feeding.place_readers(job)

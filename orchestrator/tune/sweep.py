@@ -15,7 +15,7 @@ from ray.tune.error import TuneError
 from orchestrator import cluster, storage
 from orchestrator.config import Config, TuneConfig, UserError
 from orchestrator.run import append_event, check_same_run, open_run, run_uri
-from orchestrator.train import fields, launch, preflight
+from orchestrator.train import launch, preflight
 from orchestrator.tune import results, space
 from orchestrator.tune.mailbox import start_mailbox
 from orchestrator.tune.results import Earlier, Ledger, Row, SweepResult, format_table
@@ -44,7 +44,7 @@ def search(
     Raises:
         UserError: the sweep cannot work, or its folder belongs to another one.
     """
-    fields.check_config(config)
+    preflight.check_config(config)
     config = _absolute(config)
     tune = space.check_tune(config)
     points = space.points(config)

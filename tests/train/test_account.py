@@ -14,7 +14,7 @@ from orchestrator.data.assemble import Costs
 from orchestrator.data.plan import Batching
 from orchestrator.report import write_report
 from orchestrator.run import EVENTS_FILE, open_run, read_events, read_result, write_result
-from orchestrator.train import finished, outcome
+from orchestrator.train import outcome, preflight
 from orchestrator.train.account import _placed, account
 from orchestrator.train.errors import Diverged
 from orchestrator.train.saving import checkpoint
@@ -165,7 +165,7 @@ def test_a_run_that_failed_has_a_result_and_goes_on(
     # 30 s after the last checkpoint: what was computed then is lost.
     assert (result["time"]["restart"], result["allocated_s"]) == (30, 130)
     assert result["verdict"]
-    assert not finished.is_trained(config, run)
+    assert not preflight.is_trained(config, run)
     write_report(run)
     assert "failed: ArithmeticError: x" in (Path(run) / "report.md").read_text()
     checkpoint.amend(run, 10, done="max_epochs")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,23 @@ def test_a_finished_run_resubmitted_starts_nothing(undisturbed: tuple[Config, Ru
     events = read_events(result.run)
     assert fit(config).result == result.result
     assert read_events(result.run) == events
+
+
+def test_epochs_lowered_to_those_done_end_the_run(
+    undisturbed: tuple[Config, RunResult], tmp_path: Path
+) -> None:
+    config, result = undisturbed
+    run = str(shutil.copytree(result.run, tmp_path / config.name))
+    config = dataclasses.replace(config, storage_path=str(tmp_path))
+    # As where more epochs were asked for, and this one's end was committed.
+    checkpoint.amend(run, result.result["steps"], done="")
+    ended = fit(config)
+    assert ended.stop_reason == "max_epochs"
+    assert ended.result["steps"] == result.result["steps"]
+    events = read_events(run)
+    assert [event["event"] for event in events].count("training") == 1
+    assert fit(config).result == ended.result
+    assert read_events(run) == events
 
 
 def test_a_killed_worker_costs_nothing_but_time(

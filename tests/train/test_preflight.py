@@ -18,7 +18,7 @@ from orchestrator.config import (
     ValidateConfig,
 )
 from orchestrator.data.index import Index
-from orchestrator.train import fields, preflight
+from orchestrator.train import preflight
 from orchestrator.train.preflight import Resources
 
 
@@ -58,7 +58,7 @@ def test_a_seed_that_torch_would_refuse_is_refused_first(
 ) -> None:
     config = dataclasses.replace(make_config(index, tmp_path, max_epochs=1), seed=seed)
     with pytest.raises(UserError, match=r"seed=.* must be from 0 to 4294967295"):
-        fields.check_config(config)
+        preflight.check_config(config)
 
 
 @pytest.mark.parametrize(("field", "value"), [("max_failures", -1), ("hang_timeout_s", 0.0)])
@@ -68,7 +68,7 @@ def test_how_often_and_how_long_to_wait_is_checked(
     config = make_config(index, tmp_path, max_epochs=1)
     train = dataclasses.replace(config.train, **{field: value})
     with pytest.raises(UserError, match=rf"train\.{field}=.* must be"):
-        fields.check_config(dataclasses.replace(config, train=train))
+        preflight.check_config(dataclasses.replace(config, train=train))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_validation_that_cannot_be_is_refused(
     config = make_config(index, tmp_path, max_epochs=1)
     train = dataclasses.replace(config.train, validate=ValidateConfig(**changes))
     with pytest.raises(UserError, match=said):
-        fields.check_config(dataclasses.replace(config, train=train))
+        preflight.check_config(dataclasses.replace(config, train=train))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_early_stopping_that_cannot_be_is_refused(
     config = make_config(index, tmp_path, max_epochs=1)
     train = dataclasses.replace(config.train, early_stopping=EarlyStoppingConfig(**changes))
     with pytest.raises(UserError, match=said):
-        fields.check_config(dataclasses.replace(config, train=train))
+        preflight.check_config(dataclasses.replace(config, train=train))
 
 
 def test_a_network_that_needs_values_to_be_built_is_no_mistake(

@@ -11,7 +11,7 @@ from orchestrator.config import Config, DataConfig, ModelConfig, TrainConfig, Us
 from orchestrator.data.index import Index
 from orchestrator.overrides import config_digest, identity, with_overrides
 from orchestrator.run import open_run
-from orchestrator.train import finished, model, resuming
+from orchestrator.train import model, preflight, resuming
 from orchestrator.train.saving import checkpoint, shapes
 from orchestrator.train.saving.checkpoint import FileRecord, Manifest
 from orchestrator.train.strategies.tensors import WEIGHTS_FILE, write_weights
@@ -51,7 +51,7 @@ def test_a_run_whose_last_step_was_short_cannot_be_made_longer(
     config = make_config(index, tmp_path, max_epochs=2)
     run = commit(config, index, step=12, position=80, epoch=2, done="max_epochs")
     resuming.check_checkpoints(config, index, run)
-    assert finished.is_finished(config, run)
+    assert preflight.is_finished(config, run)
     with pytest.raises(UserError, match=r"train\.max_epochs=3: the last step .* was shorter"):
         resuming.check_checkpoints(make_config(index, tmp_path, max_epochs=3), index, run)
 
@@ -64,27 +64,13 @@ def test_fewer_epochs_than_are_done_are_refused(index: Index, tmp_path: Path) ->
         resuming.check_checkpoints(make_config(index, tmp_path, max_epochs=1), index, run)
 
 
-def test_epochs_lowered_to_those_done_make_the_last_checkpoint_the_end(
-    index: Index, tmp_path: Path
-) -> None:
-    config = make_config(index, tmp_path, max_epochs=8)
-    run = commit(config, index, step=40, position=280, epoch=7, done="")
-    finished.mark_end(config, run)
-    assert not finished.is_finished(config, run)
-    lowered = make_config(index, tmp_path, max_epochs=7)
-    finished.mark_end(lowered, run)
-    assert finished.is_finished(lowered, run)
-    assert checkpoint.list_manifests(run)[-1].done == "max_epochs"
-    assert not finished.is_finished(config, run)  # and more can be asked for again
-
-
 @pytest.mark.parametrize("done", ["converged", "diverged"])
 def test_a_run_that_stopped_itself_is_finished_whatever_its_epochs(
     index: Index, tmp_path: Path, done: str
 ) -> None:
     config = make_config(index, tmp_path, max_epochs=9)
     run = commit(config, index, step=6, position=42, epoch=1, done=done)
-    assert finished.is_finished(config, run)
+    assert preflight.is_finished(config, run)
 
 
 @pytest.mark.parametrize(

@@ -106,17 +106,6 @@ def held(run: str) -> Iterator[Lease]:
         lease.release()
 
 
-def refuse_while_held(run: str) -> None:
-    """Say at once that a run is being trained, where that can be known at once; take nothing.
-
-    Raises:
-        UserError: another driver on this machine trains this run.
-    """
-    newest = holders.newest(run)
-    if newest is not None and holders.is_here(newest.holder) and not holders.is_dead(newest.holder):
-        raise _busy(run, newest.holder, time.time() - newest.holder.beat)
-
-
 def clear(run: str) -> None:
     """Delete the lease of a driver that was killed when its run had ended."""
     newest = holders.newest(run)
@@ -211,8 +200,10 @@ def _busy(run: str, holder: Holder, age_s: float) -> UserError:
 
 
 def _delete_up_to(run: str, number: int) -> None:
-    for found in holders.numbers(run):
+    numbers = holders.numbers(run)
+    for found in numbers:
         if found <= number:
             storage.delete_file(holders.uri(run, found))
-    newest = holders.newest(run)  # another driver's, where this one lost the run
+    # Another driver's, where this one lost the run.
+    newest = holders.newest(run) if max(numbers, default=0) > number else None
     groups.clear(run, driver=newest.holder.driver if newest else "")

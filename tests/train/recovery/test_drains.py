@@ -76,34 +76,36 @@ def test_sigterm_in_a_long_validation_commits_the_step_in_front_of_it(
     assert [row["step"] for row in rows if row["name"] == "val_loss"] == [7, 14]
 
 
-def test_drains_of_one_node_and_of_all_at_once_cost_a_restart_each(
+def test_drains_of_one_of_rank_0_and_of_all_at_once_cost_a_restart_each(
     cluster: Nodes, tmp_path: Path
 ) -> None:
     # Without validation: readers of the first one that start on rank 0's node just as it is drained
     # end the start, which falls back to the periodic commit.
     write_packed(tmp_path / "data", train=TRAIN, val=0)
-    for _ in range(3):
+    for _ in range(4):
         cluster.add()
     driver = Driver(make_config(tmp_path, "drained", workers=(2, 3), step_s=0.2))
     driver.wait_for_start(1, workers=3)
     cluster.drain(driver.node_of(1), deadline_s=NOTICE_S)
-    driver.wait_for_start(2, workers=2)
+    driver.wait_for_start(2, workers=3)
+    cluster.drain(driver.node_of(0), deadline_s=NOTICE_S)
+    driver.wait_for_start(3, workers=2)
     with ThreadPoolExecutor() as pool:
         nodes = [driver.node_of(rank) for rank in range(2)]
         list(pool.map(lambda node: cluster.drain(node, deadline_s=NOTICE_S), nodes))
-    driver.wait(lambda: len(preemptions_of(driver.run)) >= 2)
+    driver.wait(lambda: len(preemptions_of(driver.run)) >= 3)
     time.sleep(2)
-    assert len(starts_of(read_events(driver.run))) == 2, "there is no node for the fewest workers"
+    assert len(starts_of(read_events(driver.run))) == 3, "there is no node for the fewest workers"
     for _ in range(2):
         cluster.add()
-    driver.wait_for_start(3, workers=2)
+    driver.wait_for_start(4, workers=2)
     (driver.nodes / "fast").touch()
     result = driver.finish()
-    first, *both = preemptions_of(result.run)
-    assert first["ranks"] == [1]
+    first, second, *both = preemptions_of(result.run)
+    assert (first["ranks"], second["ranks"]) == ([1], [0])
     assert {rank for event in both for rank in event["ranks"]} <= {0, 1}
     assert_in_time(result, driver.steps(), most_redone=2)
-    assert result.result["restarts"] == 2
+    assert result.result["restarts"] == 3
     counts = Counter(sample for batch in batches_of(result.run).values() for sample in batch)
     assert set(counts.values()) == {1}
     assert len(counts) == TRAIN * EPOCHS

@@ -12,7 +12,7 @@ from orchestrator.config import Config, DataConfig, ScalingConfig, UserError
 from orchestrator.configfile import from_dict, load
 from orchestrator.overrides import to_dict
 from orchestrator.run import append_event
-from orchestrator.train import fields, preflight
+from orchestrator.train import preflight
 from orchestrator.train.loop.elastic_pause import resized_event
 from orchestrator.train.preflight import Resources
 from orchestrator.train.recovery.elastic import Group, fewer, room
@@ -70,7 +70,7 @@ def elastic(low: int, high: int, **data: Any) -> Config:
 )
 def test_ends_that_cannot_work_are_refused_before_anything(config: Config, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        fields.check_config(config)
+        preflight.check_config(config)
 
 
 def test_the_ends_survive_yaml() -> None:
