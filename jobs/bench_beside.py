@@ -25,6 +25,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from findings import ORCHESTRATOR, say, spread
 from photographs import write_photographs
 from torch import nn
 from torch.nn import functional
@@ -70,11 +71,6 @@ class Sleeps(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return plain SGD."""
         return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-def say(line: str) -> None:
-    """Print progress where it does not mix with the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def turn(side: str, root: Path, options: argparse.Namespace, number: int) -> dict[str, float]:
@@ -148,12 +144,6 @@ def report(passes: dict[str, list[dict[str, float]]], options: argparse.Namespac
         )
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Return median and spread."""
-    median, low, high = statistics.median(values), min(values), max(values)
-    return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-
-
 def main(flags: list[str]) -> int:
     """Make the data, train with all sides in turns, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -179,9 +169,8 @@ def main(flags: list[str]) -> int:
 
 def pack(root: Path, name: str, val_fraction: float) -> None:
     """Pack photographs, with or without a validation split."""
-    start = "import sys; from orchestrator.cli import main; sys.exit(main())"
     places = ["--source", str(root / f"{name}-source"), "--out", str(root / name)]
-    command = [sys.executable, "-c", start, "pack", *places, "--val-fraction", str(val_fraction)]
+    command = [*ORCHESTRATOR, "pack", *places, "--val-fraction", str(val_fraction)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import threading
@@ -28,6 +27,7 @@ import psutil
 import ray
 import torch
 from baselines import BATCH, article_pass, decode_limit, timed
+from findings import say, spread
 from photographs import HEIGHT, WIDTH, write_photographs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
@@ -172,11 +172,6 @@ def compare(
     return {name: found[1:] for name, found in passes.items()}
 
 
-def say(line: str) -> None:
-    """Print progress where it does not mix with the table."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def parse(flags: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -241,12 +236,6 @@ def report(
     loss = [p.images_per_s / q.images_per_s for p, q in zip(s3, ours, strict=True)]
     yield ""
     yield f"Share of the decode limit: {spread(share, 2)}. S3 over local: {spread(loss, 2)}."
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Return median and spread."""
-    median, low, high = statistics.median(values), min(values), max(values)
-    return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 if __name__ == "__main__":

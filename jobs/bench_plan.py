@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from findings import say
 
 from orchestrator.config import Config, DataConfig, MixPart, TrainConfig
 from orchestrator.data import feeds, plan
@@ -193,11 +194,6 @@ def _quality_row(name: str, found: Quality) -> str:
         f"| {name} | {values['shards_per_batch']:.1f} | {values['correlation']:.4f} "
         f"| {values['displacement']:.4f} | {values['neighbours']:.6f} |"
     )
-
-
-def say(line: str) -> None:
-    """Print progress where it does not mix with the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def parse(flags: list[str]) -> argparse.Namespace:

@@ -12,7 +12,6 @@ import datetime
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,17 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from findings import ORCHESTRATOR, say, spread
 from photographs import write_photographs
 
 from orchestrator.run import read_events
 
 IMAGES = 512
 LIMIT_S = 180.0
-
-
-def say(line: str) -> None:
-    """Print progress where it does not mix with the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def command(root: Path, name: str, workers: int) -> list[str]:
@@ -51,8 +46,7 @@ def command(root: Path, name: str, workers: int) -> list[str]:
         "scaling.num_workers": workers,
     }
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    start = "import sys; from orchestrator.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", start, "train", *flags]
+    return [*ORCHESTRATOR, "train", *flags]
 
 
 def wait_for_startup(run: Path, count: int, process: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -111,15 +105,10 @@ def report(starts: list[dict[str, Any]], restarts: list[float], workers: int) ->
     yield "| phase | s |"
     yield "|---|---|"
     for phase in starts[0]["seconds"]:
-        yield f"| {phase} | {spread([start['seconds'].get(phase, 0.0) for start in starts])} |"
-    yield f"| **to the first step** | {spread([start['total_s'] for start in starts])} |"
+        yield f"| {phase} | {spread([start['seconds'].get(phase, 0.0) for start in starts], 1)} |"
+    yield f"| **to the first step** | {spread([start['total_s'] for start in starts], 1)} |"
     if restarts:
-        yield f"| **kill of a worker to the next step** | {spread(restarts)} |"
-
-
-def spread(values: list[float]) -> str:
-    """Return median and spread."""
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+        yield f"| **kill of a worker to the next step** | {spread(restarts, 1)} |"
 
 
 def main(flags: list[str]) -> int:
@@ -132,10 +121,9 @@ def main(flags: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="orchestrator-bench-") as folder:
         root = Path(folder)
         write_photographs(root / "photographs", IMAGES)
-        pack = "import sys; from orchestrator.cli import main; sys.exit(main())"
         source, out = str(root / "photographs"), str(root / "packed")
         subprocess.run(
-            [sys.executable, "-c", pack, "pack", "--source", source, "--out", out],
+            [*ORCHESTRATOR, "pack", "--source", source, "--out", out],
             check=True,
             stdout=subprocess.DEVNULL,
         )

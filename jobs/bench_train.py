@@ -16,7 +16,6 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from findings import ORCHESTRATOR, say, spread
 from photographs import CLASSES, write_photographs
 
 BATCH = 64
@@ -32,11 +32,6 @@ DATALOADER, ON_ONE = "Lightning, DataLoader", "Lightning, DataLoader, training o
 OURS, FROM_MEMORY = "orchestrator", "Lightning from memory"
 ONE_FROM_MEMORY = "Lightning from memory, training on 1 thread"
 SIDES = (DATALOADER, ON_ONE, OURS, FROM_MEMORY, ONE_FROM_MEMORY)
-
-
-def say(line: str) -> None:
-    """Print progress where it does not mix with the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def run_lightning(side: str, root: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -131,8 +126,7 @@ def run_ours(root: Path, options: argparse.Namespace, name: str) -> dict[str, fl
         "train.precision": "32",
     }
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    start = "import sys; from orchestrator.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", start, "train", *flags]
+    command = [*ORCHESTRATOR, "train", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return {"images_per_s": rate_of(root / "runs" / name), "wall_s": 0.0}
 
@@ -183,12 +177,6 @@ def report(passes: dict[str, list[dict[str, float]]], options: argparse.Namespac
         yield f"| {side} | {spread(rates, 0)} | {spread(ratios, 2)} | {spread(walls, 0)} |"
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Return median and spread."""
-    median, low, high = statistics.median(values), min(values), max(values)
-    return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-
-
 def main(flags: list[str]) -> int:
     """Make the data, train with all sides in turns, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -205,10 +193,9 @@ def main(flags: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="orchestrator-bench-") as folder:
         root = Path(folder)
         write_photographs(root / "photographs", options.images)
-        start = "import sys; from orchestrator.cli import main; sys.exit(main())"
         source, out = str(root / "photographs"), str(root / "packed")
         pack = ["pack", "--source", source, "--out", out, "--val-fraction", "0"]
-        subprocess.run([sys.executable, "-c", start, *pack], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*ORCHESTRATOR, *pack], check=True, stdout=subprocess.DEVNULL)
         passes: dict[str, list[dict[str, float]]] = {}
         for number in range(options.repeats):
             for side in SIDES:

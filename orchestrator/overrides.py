@@ -82,13 +82,13 @@ def _replace(section: T, path: str, parts: list[str], value: Any) -> T:
     head, rest = parts[0], parts[1:]
     if isinstance(section, dict):
         inner = _replace(section.get(head, {}), path, rest, value) if rest else value
-        return {**section, head: inner}  # type: ignore[return-value]
+        return {**section, head: inner}  # type: ignore[return-value]  # T is dict
     fields = _field_names(section)
     if head not in fields:
         prefix = ".".join(path.split(".")[: -len(parts)])
         raise UserError(unknown_key_message(path, [f"{prefix}.{f}".lstrip(".") for f in fields]))
     inner = _replace(getattr(section, head), path, rest, value) if rest else value
-    return dataclasses.replace(section, **{head: inner})  # type: ignore[type-var]
+    return dataclasses.replace(section, **{head: inner})  # type: ignore[type-var]  # a section
 
 
 def _field_names(value: object) -> list[str]:

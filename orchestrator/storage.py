@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, cast
 
 import pyarrow.fs
 
@@ -115,10 +115,8 @@ def traffic() -> Traffic:
 def open_input(uri: str) -> IO[bytes]:
     """Open one object or file for random reads (no read-ahead: Parquet asks for what it needs)."""
     with explained(uri, "read"):
-        opened: IO[bytes] = (
-            reading.ObjectFile(uri) if is_remote(uri) else local.open_input(uri)  # type: ignore[assignment]
-        )
-        return opened
+        opened = reading.ObjectFile(uri) if is_remote(uri) else local.open_input(uri)
+        return cast(IO[bytes], opened)
 
 
 def write_atomic(uri: str, content: bytes) -> None:

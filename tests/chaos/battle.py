@@ -86,7 +86,6 @@ class Battle:
         self.arena.submit()
         await_step(self.arena, after=0, since=0.0, old=frozenset(), timeout_s=_STEP_TIMEOUT_S)
         held = self.nodes.held() if self.nodes else Counter()
-        held["actor SplitCoordinator"] = 2  # validation's, too: it comes with the first one
         self.say(HEADER)
         for target in targets:
             kill = self._strike(target)

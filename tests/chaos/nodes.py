@@ -16,6 +16,7 @@ from chaos.arena import Arena
 
 # Ray Data's own, one for each cluster.
 _KNOWN_ACTORS = ("_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor")
+_READS = "SplitCoordinator"
 T = TypeVar("T")
 
 
@@ -59,9 +60,15 @@ class Nodes:
     def held(self) -> Counter[str]:
         """Return how many actors of each class live, and how many placement groups."""
         actors = ray._private.state.actors().values()
-        alive = [actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"]
+        alive = [actor for actor in actors if actor["State"] == "ALIVE"]
         groups = ray.util.placement_group_table().values()
-        found = Counter(f"actor {name}" for name in alive if name not in _KNOWN_ACTORS)
+        names = (actor["ActorClassName"] for actor in alive)
+        found = Counter(f"actor {name}" for name in names if name not in _KNOWN_ACTORS)
+        owners = Counter(
+            str(actor["OwnerAddress"]) for actor in alive if actor["ActorClassName"] == _READS
+        )
+        # A worker that has validated holds two; those of a worker that is gone are one too many.
+        found[f"actor {_READS}"] = sum(max(1, number - 1) for number in owners.values())
         found["placement group"] = sum(group["state"] != "REMOVED" for group in groups)
         return +found
 

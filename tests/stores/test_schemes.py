@@ -64,7 +64,7 @@ class Blobs(http.server.BaseHTTPRequestHandler):
     """Objects in memory behind as much of Azure's interface as one client uses."""
 
     protocol_version = "HTTP/1.1"
-    objects: dict[str, bytes] = {}  # noqa: RUF012
+    objects: dict[str, bytes] = {}  # noqa: RUF012  (each request has a handler of its own; they share this)
 
     def log_message(self, format, *args):
         pass

@@ -44,7 +44,7 @@ def in_child(action: Callable[..., object], *args: object) -> int:
         try:
             action(*args)
             os._exit(0)
-        except BaseException as error:
+        except BaseException as error:  # a forked child must not go on as the test's process
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             os._exit(1)
     return pid

@@ -159,6 +159,7 @@ def _whole(raw: object) -> int:
     try:
         if isinstance(raw, str) and not _WHOLE_TEXT.fullmatch(raw.strip()):
             raise ValueError
+        # What is no number raises, which is caught below.
         number = int(raw)  # type: ignore[call-overload]
         if not isinstance(raw, str) and raw != number:  # a Decimal, a fraction
             raise ValueError
@@ -178,7 +179,7 @@ def _number(raw: object) -> float:
     try:
         if isinstance(raw, str) and "_" in raw:  # Python reads 1_1 as 11
             raise ValueError
-        number = float(raw)  # type: ignore[arg-type]
+        number = float(raw)  # type: ignore[arg-type]  # what is no number raises
     except (TypeError, ValueError, OverflowError) as error:
         raise BadLabel(f"bad_label: {_shown(raw)} is no number") from error
     if not math.isfinite(number):

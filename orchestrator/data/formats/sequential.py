@@ -36,7 +36,7 @@ class Sequential(io.RawIOBase):
         self._at = offset
         return offset
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # as CPython
         """Fill a part of a buffer; 0 at the end."""
         self._load()
         begin = self._at - self._start

@@ -104,7 +104,7 @@ def pack_unit(unit: Unit, out: str, settings: PackSettings, source: Format) -> U
 def _digest(unit: Unit, settings: PackSettings, source: Format) -> str:
     digest = xxhash.xxh3_128(json.dumps(settings.content()).encode())
     digest.update(source.labels.digest.encode())
-    for field in dataclasses.fields(source):  # type: ignore[arg-type]
+    for field in dataclasses.fields(source):  # type: ignore[arg-type]  # every format is one
         if field.name != "labels":  # columns, named splits and the like
             digest.update(base.encode_id(f"{field.name}={getattr(source, field.name)!r}\0"))
     for item in unit.items:
@@ -161,7 +161,7 @@ class _Packing:
         writer.add(row)
         label = sample.label
         labels = label if isinstance(label, tuple) else (label,) if self._kind == "class" else ()
-        self._images[split].update(labels)  # type: ignore[arg-type]
+        self._images[split].update(labels)  # type: ignore[arg-type]  # classes only
         # An item may be a tar of any size, so a shard is cut here as well.
         if writer.rows >= self._settings.unit_images or writer.bytes >= base.UNIT_BYTES:
             self._end(split)

@@ -116,7 +116,7 @@ class Guard(pl.Callback):
         self._stepped = trainer.global_step
         if not self._loader.current.ends_step:
             return
-        strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]
+        strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]  # ours
         lost = strategy.has_skipped and trainer.precision != "16-mixed"
         self._step.norm = torch.tensor(math.nan) if lost else _norm(strategy.trained())
         self._steps.append(self._step)

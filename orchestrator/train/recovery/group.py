@@ -116,7 +116,7 @@ def without_datasets(callbacks: list[Any]) -> list[Any]:
 
 def _prepare() -> tuple[str, int]:
     with importing():
-        from ray.train.torch import config  # noqa: F401
+        from ray.train.torch import config  # noqa: F401  (what the group's start asks for next)
     address, port = get_address_and_port()
     return address, port
 

@@ -15,8 +15,9 @@ from orchestrator.config import ModelConfig, UserError
 from orchestrator.train import model
 from orchestrator.train.strategies.memory import ModelSize
 
-# What a parameter of this many elements is cut into for a trial of an optimizer.
-_TRIAL_SHAPES, _TRIAL_RATE = ((2, 3), (4,)), 0.1
+# What a parameter of this many elements is cut into for a trial of an optimizer, and its rate.
+_TRIAL_SHAPES = ((2, 3), (4,))
+_TRIAL_RATE = 0.1
 
 
 class Unmeasured(Exception):
@@ -135,9 +136,8 @@ def _states(optimizer: Optimizer) -> float:
     """Return how many fp32 numbers the optimizer keeps for each weight."""
     weight = torch.zeros(_TRIAL_SHAPES[0])
     try:
-        state = _trial(optimizer, [weight], [torch.ones_like(weight)], optimizer.param_groups[0])[
-            weight
-        ]
+        gradient, group = torch.ones_like(weight), optimizer.param_groups[0]
+        state = _trial(optimizer, [weight], [gradient], group)[weight]
     except Exception:  # as where it runs on GPUs only; Adam keeps two
         return 2.0
     tensors = [v for v in state.values() if isinstance(v, torch.Tensor) and v.ndim > 0]
