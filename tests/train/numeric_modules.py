@@ -1,6 +1,8 @@
 """LightningModules whose arithmetic tests look at: gradients, rates, losses that are no numbers."""
 
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -120,6 +122,22 @@ class Unset(Plain):
 
     def on_train_start(self) -> None:
         torch.use_deterministic_algorithms(False)
+
+
+class Writes(Plain):
+    """Notes which thread writes each file of tensors."""
+
+    def on_train_start(self) -> None:
+        self.noted["files"], self._save = [], torch.save
+        torch.save = self._note
+
+    def _note(self, content: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(target, Path):
+            self.noted["files"].append((target.name, threading.current_thread().name))
+        self._save(content, target, *args, **kwargs)
+
+    def teardown(self, stage: str) -> None:
+        torch.save = self._save
 
 
 class Steep(Plain):

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packed import write_packed
@@ -74,33 +73,35 @@ def test_how_often_and_how_long_to_wait_is_checked(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"every_samples": 0}, r"train\.validate\.every_samples=0 must be at least 1"),
-        ({"beside": BesideConfig(cpus=0)}, r"train\.validate\.beside\.cpus=0 must be above 0"),
-        ({"beside": BesideConfig(gpus=-1)}, r"train\.validate\.beside\.gpus=-1 must be at least 0"),
+        (ValidateConfig(every_samples=0), r"train\.validate\.every_samples=0 must be at least 1"),
+        (
+            ValidateConfig(beside=BesideConfig(cpus=0)),
+            r"train\.validate\.beside\.cpus=0 must be above 0",
+        ),
+        (
+            ValidateConfig(beside=BesideConfig(gpus=-1)),
+            r"train\.validate\.beside\.gpus=-1 must be at least 0",
+        ),
+        (
+            EarlyStoppingConfig(min_delta=-0.5),
+            r"early_stopping\.min_delta=-0\.5 must be a number from 0 on",
+        ),
+        (
+            EarlyStoppingConfig(min_delta=math.nan),
+            r"early_stopping\.min_delta=nan must be a number from 0 on",
+        ),
+        (
+            EarlyStoppingConfig(divergence_threshold=math.nan),
+            r"divergence_threshold=nan must be a number, or null",
+        ),
     ],
 )
-def test_validation_that_cannot_be_is_refused(
-    index: Index, tmp_path: Path, changes: dict[str, Any], said: str
+def test_validation_and_stopping_that_cannot_be_are_refused(
+    index: Index, tmp_path: Path, changes: ValidateConfig | EarlyStoppingConfig, said: str
 ) -> None:
     config = make_config(index, tmp_path, max_epochs=1)
-    train = dataclasses.replace(config.train, validate=ValidateConfig(**changes))
-    with pytest.raises(UserError, match=said):
-        preflight.check_config(dataclasses.replace(config, train=train))
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"min_delta": -0.5}, r"early_stopping\.min_delta=-0\.5 must be a number from 0 on"),
-        ({"min_delta": math.nan}, r"early_stopping\.min_delta=nan must be a number from 0 on"),
-        ({"divergence_threshold": math.nan}, r"divergence_threshold=nan must be a number, or null"),
-    ],
-)
-def test_early_stopping_that_cannot_be_is_refused(
-    index: Index, tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    config = make_config(index, tmp_path, max_epochs=1)
-    train = dataclasses.replace(config.train, early_stopping=EarlyStoppingConfig(**changes))
+    name = "validate" if isinstance(changes, ValidateConfig) else "early_stopping"
+    train = dataclasses.replace(config.train, **{name: changes})
     with pytest.raises(UserError, match=said):
         preflight.check_config(dataclasses.replace(config, train=train))
 
