@@ -39,11 +39,16 @@ class Telling:
 
 @pytest.fixture
 def nodes() -> Iterator[dict[str, Any]]:
-    """Start a head without CPUs, a node that claims a GPU, and one without."""
+    """Start a head without CPUs, a node that claims a GPU, and one without.
+
+    Each has room for twice the readers that run at once: where a task has just ended, the node that
+    places the next one still counts its CPU as taken for up to 0.1 s (Ray's resource reports), and
+    a node that looks full is passed over.
+    """
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     added = {
         "gpu": cluster.add_node(num_cpus=4, num_gpus=1),
-        "cpu": cluster.add_node(num_cpus=2),
+        "cpu": cluster.add_node(num_cpus=4),
     }
     ray.init(address=cluster.address, log_to_driver=False)
     yield {name: node.node_id for name, node in added.items()}
@@ -59,7 +64,7 @@ def test_nodes_without_gpus_decode_first(nodes: dict[str, Any], tmp_path: Path) 
     told = tmp_path / "told"
     told.mkdir()
     object.__setattr__(feed, "reader", Telling(feed.reader, told))
-    placement = Placement.choose(requested=2, cluster_cpus=6, worker_cpus=4)
+    placement = Placement.choose(requested=2, cluster_cpus=8, worker_cpus=4)
     segment = plan_segment(feed, placement, 0)
     (iterator,) = split_segment(feed, placement, segment)
     positions = [p for block in blocks_of(iterator) for p in block["positions"][0].as_py()]
