@@ -47,6 +47,12 @@ def test_a_storage_path_that_takes_nothing_is_one_sentence(
     assert list((tmp_path / "runs" / "run").iterdir()) == []
 
 
+def test_a_full_disk_is_found_though_it_takes_empty_files(tmp_path: Path) -> None:
+    refused = pytest.raises(StorageError, match=r"cannot write .*\.probe-.*: File too large; check")
+    with full_disk(), refused:
+        storage.check_writable(str(tmp_path))
+
+
 def test_a_failure_that_cannot_be_written_down_is_survived(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     record_failure(str(tmp_path), "gone", cause="process", step=3, verdict=Verdict(1, ""))
