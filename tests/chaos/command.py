@@ -91,11 +91,13 @@ def _run(folder: Path, data: str, targets: list[str], seed: int, args: argparse.
                 f"after kill {k.number} ({k.target}): {more}" for k in kills for more in k.held
             ]
             wrong += nodes.left_over()
+            forgotten = nodes.forgotten()
         wrong += checks.leaks(arena, shm) + checks.grown_drivers(kills)
     with contextlib.closing(Arena(folder / "undisturbed", data, pause_s=0.0, **how)) as undisturbed:
         wrong += _train(undisturbed)
     wrong += checks.wrong_counts(arena) + checks.differing_weights(arena, undisturbed)
     _summarize(arena, kills, wrong, args.kills)
+    say(f"object stores: {forgotten} bytes that nobody refers to")
     return 1 if wrong else 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,8 +89,8 @@ def assert_left_over_is_found(nodes: Nodes) -> None:
     ray.get([planted.__ray_ready__.remote(), group.ready()])
     *held, stored = nodes.left_over(patience_s=0.0)
     assert held == ["1 more actor Planted", "1 more placement group"]
-    assert stored.startswith("objects in shared memory: 1000"), kept
-    assert stored.endswith(" of them pinned")
+    assert re.fullmatch(r"1000\d{3} bytes pinned in shared memory", stored), kept
+    assert nodes.forgotten() < 10**6
 
 
 class Planted:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -122,7 +122,7 @@ class WorkersInTime(WorkerGroup):  # type: ignore[misc]
             yield
         except WorkerGroupStartupTimeoutError:
             raise  # there is no place for them yet
-        except (WorkerGroupStartupFailedError, RayActorError, RayTaskError) as error:
+        except (WorkerGroupStartupFailedError, RayError) as error:
             workers = self.get_workers() if self.has_started() else []
             nodes = frozenset(worker.metadata.node_id for worker in workers)
             errors = error.errors if isinstance(error, StartFailed) else _by_rank(error, workers)

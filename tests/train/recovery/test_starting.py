@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from packed import write_packed
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
@@ -23,7 +23,7 @@ from orchestrator.train.launch import fit
 from orchestrator.train.recovery import starting
 from orchestrator.train.recovery.failures import CodeError
 from orchestrator.train.recovery.mistakes import diagnose_start
-from orchestrator.train.recovery.starting import StartFailed
+from orchestrator.train.recovery.starting import StartFailed, WorkersInTime
 
 # The controller cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -49,6 +49,14 @@ def test_it_travels_whole() -> None:
     failed = StartFailed({1: ValueError("odd")}, late_s=60, nodes=frozenset("a"))
     read = pickle.loads(pickle.dumps(failed))
     assert (str(read.errors[1]), read.late_s, read.nodes) == ("odd", 60, {"a"})
+
+
+def test_workers_that_found_no_process_in_time_are_tried_again() -> None:
+    group = object.__new__(WorkersInTime)
+    group._worker_group_state, group._late_s = None, 60.0
+    with pytest.raises(StartFailed) as failed, group._told():
+        raise ActorUnschedulableError("its placement group was removed")
+    assert (failed.value.errors, failed.value.late_s) == ({}, 60.0)
 
 
 class Strikes(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
