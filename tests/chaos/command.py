@@ -55,7 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="packed data to train on; default: random images")
     parser.add_argument("--folder", type=Path, help="keep everything here; default: temporary")
     parser.add_argument(
-        "--rush", type=float, default=0.3, help="share of kills that hit a run still starting again"
+        "--rush",
+        type=float,
+        default=0.3,
+        help="share of kills that hit a run still starting again; readers alone, killed so, may "
+        "end it, as the same failure three times at one step does",
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="no further kill after these")
     parser.add_argument("--pause", type=float, default=0.15, help="seconds that a step is held up")
