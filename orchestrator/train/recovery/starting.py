@@ -4,6 +4,7 @@ Ray Train 2.60 waits for its workers without a limit, and what fails once they h
 their placement group behind, with which the next start waits for its own CPUs for ever.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from ray.util import remove_placement_group
 _LEAST_S = 60.0
 # Where one worker dies, the others need a moment to notice: the error that says more comes late.
 _OTHERS_S = 2.0
+# Ray 2.60 forgets an actor whose placement group is removed before it has a process: what waits for
+# the actor then waits for ever.
+_GONE_S = 30.0
 
 
 class StartFailed(WorkerGroupStartupFailedError):  # type: ignore[misc]
@@ -86,34 +90,37 @@ class WorkersInTime(WorkerGroup):  # type: ignore[misc]
     """Workers that start within the time in which running ones must answer, or are cleared away."""
 
     _late_s = 0.0
-    _alarm: threading.Timer | None = None
 
     def _start(self) -> None:
+        self._ended = threading.Event()
         try:
             with self._told():
-                super()._start()
+                try:
+                    super()._start()
+                finally:
+                    self._ended.set()
         except Exception:
             if self.has_started():
                 group = self.get_worker_group_state().placement_group_handle.placement_group
                 remove_placement_group(group)  # first: its workers answer nobody any more
                 self.shutdown()
             raise
-        finally:
-            if self._alarm is not None:
-                self._alarm.cancel()
 
     def _create_workers(
         self, num_workers: int, placement_group: Any, *args: Any, **more: Any
     ) -> Any:
         limit_s = max(_LEAST_S, self._worker_health_check_timeout_s)
-        self._alarm = threading.Timer(limit_s, self._end, (placement_group, limit_s))
-        self._alarm.daemon = True
-        self._alarm.start()
+        threading.Thread(target=self._end, args=(placement_group, limit_s), daemon=True).start()
         return super()._create_workers(num_workers, placement_group, *args, **more)
 
     def _end(self, placement_group: Any, limit_s: float) -> None:
+        """End a start that takes too long."""
+        if self._ended.wait(limit_s):
+            return
         self._late_s = limit_s
         remove_placement_group(placement_group)  # ends its workers, and with them all waiting
+        if not self._ended.wait(_GONE_S):
+            os._exit(1)  # the driver starts another controller
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from packed import write_packed
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError, ActorUnschedulableError
+from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.util import remove_placement_group
 
 from orchestrator import cluster
 from orchestrator.config import Config, DataConfig, ModelConfig, ScalingConfig, TrainConfig
@@ -23,7 +25,7 @@ from orchestrator.train.launch import fit
 from orchestrator.train.recovery import starting
 from orchestrator.train.recovery.failures import CodeError
 from orchestrator.train.recovery.mistakes import diagnose_start
-from orchestrator.train.recovery.starting import StartFailed, WorkersInTime
+from orchestrator.train.recovery.starting import StartFailed
 
 # The controller cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -51,24 +53,35 @@ def test_it_travels_whole() -> None:
     assert (str(read.errors[1]), read.late_s, read.nodes) == ("odd", 60, {"a"})
 
 
-def test_workers_that_found_no_process_in_time_are_tried_again() -> None:
-    group = object.__new__(WorkersInTime)
-    group._worker_group_state, group._late_s = None, 60.0
-    with pytest.raises(StartFailed) as failed, group._told():
-        raise ActorUnschedulableError("its placement group was removed")
-    assert (failed.value.errors, failed.value.late_s) == ({}, 60.0)
-
-
 class Strikes(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Sends one worker a signal while it joins: at the first start one, at the second another."""
+    """Sends one worker a signal while it joins: at the second start one, at the third another.
+
+    The first start's placement group is gone before its workers are created, for which Ray waits
+    for ever.
+
+    Args:
+        gone: a file that says that this has been done.
+    """
 
     strikes = ((0, signal.SIGKILL), (1, signal.SIGSTOP))
 
-    def __init__(self) -> None:
+    def __init__(self, gone: Path) -> None:
+        self._gone = gone
         self._starts = 0
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        starting._LEAST_S = LIMIT_S
+        starting._LEAST_S, starting._GONE_S = LIMIT_S, 1.0
+        create = WorkerGroup._create_workers
+
+        def create_without_place(
+            group: Any, number: int, place: Any, *args: Any, **more: Any
+        ) -> Any:
+            remove_placement_group(place)
+            return create(group, number, place, *args, **more)
+
+        if not self._gone.exists():
+            self._gone.touch()
+            WorkerGroup._create_workers = create_without_place
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         if self._starts < len(self.strikes):
@@ -89,7 +102,7 @@ def _strike(pid: int, number: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_cluster")
-def test_workers_that_are_killed_or_stopped_while_they_join_start_again(tmp_path: Path) -> None:
+def test_whatever_ends_a_start_another_one_follows(tmp_path: Path) -> None:
     index = write_packed(tmp_path / "data", train=26, val=11)
     config = Config(
         name="joins",
@@ -99,12 +112,15 @@ def test_workers_that_are_killed_or_stopped_while_they_join_start_again(tmp_path
         train=TrainConfig(max_epochs=1, precision="32", hang_timeout_s=LIMIT_S),
         scaling=ScalingConfig(num_workers=2, cpus_per_worker=0.5),
     )
-    assert fit(config, show=False, callbacks=[Strikes()]).result["steps"] == 2
+    assert fit(config, show=False, callbacks=[Strikes(tmp_path / "gone")]).result["steps"] == 2
     failures = [e for e in read_events(str(tmp_path / "joins")) if e["event"] == "failure"]
     assert [(f["cause"], f["step"], f["count"]) for f in failures] == [
-        ("process", None, 1),
-        ("hang", None, 2),
+        ("controller", None, 1),
+        ("process", None, 2),
+        ("hang", None, 3),
     ]
-    assert failures[0]["error"].startswith("worker 0's process ended unexpectedly on node")
-    assert failures[1]["error"] == f"worker 1 did not start within {LIMIT_S:g} s"
+    said = [f["error"] for f in failures]
+    assert said[0] == "the process of Ray Train's controller ended unexpectedly"
+    assert said[1].startswith("worker 0's process ended unexpectedly on node")
+    assert said[2] == f"worker 1 did not start within {LIMIT_S:g} s"
     assert cluster.groups_of_job() == set()
