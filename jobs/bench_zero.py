@@ -84,6 +84,7 @@ class Model(pl.LightningModule):
             layers += [nn.ReLU(), nn.Linear(width, width)]
         self.net = nn.Sequential(*layers, nn.ReLU(), nn.Linear(width, CLASSES))
         # Its statistics depend on how a step is cut into micro-batches; its gradients shall not.
+        # Replaced, so that nothing puts it into training mode again.
         self.net[1].eval()
         self.net[1].train = lambda mode=True: self.net[1]  # type: ignore[method-assign, assignment]
         self.net[0].requires_grad_(not frozen)

@@ -218,6 +218,7 @@ class _Staging:
     """
 
     def __init__(self, device: torch.device) -> None:
+        # Torch gives these two constructors no types.
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._device = device
         self._memory = [torch.empty(0, dtype=torch.uint8, pin_memory=True) for _ in range(2)]

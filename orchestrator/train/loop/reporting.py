@@ -112,4 +112,5 @@ def _count_steps(trainer: pl.Trainer, recorder: Recorder) -> None:
     def log_at_step(metrics: Any, step: int | None = None) -> None:
         log(metrics, recorder.step if step is None and "step" not in metrics else step)
 
+    # Replaced for this trainer, whatever loggers it has.
     connector.log_metrics = log_at_step  # type: ignore[method-assign]

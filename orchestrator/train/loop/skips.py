@@ -45,7 +45,7 @@ class Skips:
         if trainer.precision != "16-mixed":
             return
         if self._scaler is None:  # DeepSpeed scales, and knows on the CPU
-            strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]
+            strategy: ModelStrategy = trainer.strategy  # type: ignore[assignment]  # ours
             self._skipped.append(strategy.has_skipped)
         elif self._scaler._scale is not None:
             self._scales.append(self._scaler._scale.detach().clone())
